@@ -1,0 +1,330 @@
+"""A configuration and an empty run directory -> a finished run: the whole story of a training run, cheap checks first."""
+
+import gc
+import logging
+import math
+import sys
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from datasets import Dataset
+from omegaconf import DictConfig, OmegaConf
+from peft import LoraConfig
+from transformers import (
+    BitsAndBytesConfig,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+)
+from trl import SFTConfig
+
+from intern.config import build, plain
+from intern.data import DataFile, Tokenized, read_rows, tokenize
+from intern.environment import describe, peak_memory
+from intern.errors import RunError, UserError
+from intern.generate import answer_losses, build_generation, generate
+from intern.libraries import route_messages
+from intern.lora import build_lora
+from intern.memory import FitMemory
+from intern.model import Base
+from intern.plot import plot_loss
+from intern.precision import Precision, plan_training
+from intern.prompt import Prompt
+from intern.quant import build_quant
+from intern.run import SCHEMA_VERSION, Run
+from intern.tracking import Tracker, check_logger, tracking
+from intern.trainer import (
+    AUTO,
+    History,
+    InternTrainer,
+    Interruption,
+    OptimizerSteps,
+    StepRules,
+    build_rules,
+    build_training_args,
+)
+
+log = logging.getLogger(__name__)
+
+_LONG_DATA = 20_000  # rows from which tokenizing is worth a progress bar
+_SAMPLE_TOKENS = 128  # the longest sample answer
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """conf/data."""
+
+    train_file: str
+    eval_file: str | None
+    context: str
+    num_proc: int | None
+    system_prompt: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known to be right before the model's weights are touched."""
+
+    rules: StepRules
+    args: SFTConfig
+    fits_memory: bool  # trainer.activation_checkpointing=auto on a GPU
+    lora: LoraConfig
+    quant: BitsAndBytesConfig | None
+    precision: Precision
+    base: Base
+    tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt
+    logger: dict[str, Any]
+    train_file: DataFile
+    eval_file: DataFile | None
+    train: Tokenized
+    eval_rows: Dataset | None
+    eval: Tokenized | None
+
+
+def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
+    """Trains an adapter as `cfg` says and fills `run`; a run directory that an interruption left with checkpoints is gone on with.
+
+    Args:
+        cfg: the composed conf/train.yaml.
+        run: where everything is written.
+        sweep: the name of the sweep that this run belongs to, None for a single run.
+
+    Returns:
+        What a sweep minimizes: the loss on the golden answers, or on the training rows without an eval_file (nats a token).
+
+    Raises:
+        UserError: bad input, found before training starts.
+        RunError: training cannot go on.
+        SystemExit: interrupted by Ctrl-C or SIGTERM, after a checkpoint was saved (exit code 128 + signal).
+    """
+    route_messages()
+    _forget_the_job_before()
+    if run.finished:
+        raise UserError(f"{run.path} holds a finished run: take another hydra.run.dir")
+    plan = _plan(cfg, run)
+    log.info("%s", plan.precision)
+    cfg = _with_absolute_paths(cfg, plan)
+    _check_same(cfg, run, plan)
+    with tracking(plan.logger, cfg, run, _open(run, cfg, plan), sweep) as tracker:
+        model, metrics = _train(plan.base.load(plan.quant, plan.precision), run, plan, tracker)
+        with run.new_adapter() as folder:
+            model.save_pretrained(str(folder))
+            plan.tokenizer.save_pretrained(str(folder))
+        metrics |= _evaluate(model, plan)
+        tracker.report(run, metrics, _sample_answers(model, plan, tracker.sample_answers))
+        plot_loss(run.read_history(), run.loss_plot)
+        run.write_json(run.metrics, metrics | peak_memory())
+    log.info("saved %s", run.path)
+    return run.score()
+
+
+def _forget_the_job_before() -> None:
+    """A sweep's jobs share one process: what the last one left behind is neither this one's memory nor its peak."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _plan(cfg: DictConfig, run: Run) -> Plan:
+    """Checks everything that can be checked without the model's weights, the cheapest first."""
+    logger = check_logger(cfg.logger)
+    rules = build_rules(cfg.trainer)
+    lora = build_lora(cfg.lora)
+    quant = build_quant(cfg.quant)
+    data = build(DataConfig, plain(cfg.data), "data")
+    train_file = DataFile.find(data.train_file, "data.train_file")
+    eval_file = DataFile.find(data.eval_file, "data.eval_file") if data.eval_file else None
+    trainer = plain(cfg.trainer)
+    compute_dtype = quant.bnb_4bit_compute_dtype if quant is not None else None
+    precision = plan_training(bool(trainer.get("use_cpu")), trainer.get("fp16"), trainer.get("bf16"), compute_dtype)
+    args = build_training_args(cfg.trainer, run, precision, cfg.seed, evaluates=eval_file is not None)
+    train_rows = read_rows(train_file, needs_material=data.context != "never")
+    eval_rows = read_rows(eval_file, needs_material=data.context != "never") if eval_file is not None else None
+    base = Base(cfg.model)
+    base.check_fit(quant, precision)
+    tokenizer = base.tokenizer()
+    prompt = Prompt.from_tokenizer(tokenizer, data.system_prompt, data.context)
+    if len(train_rows) < _LONG_DATA:
+        datasets.disable_progress_bars()
+    length = int(trainer["max_length"])
+    if length > base.config.get_text_config().max_position_embeddings:
+        raise UserError(
+            f"trainer.max_length={length}: the model has {base.config.get_text_config().max_position_embeddings} positions"
+        )
+    train = tokenize(train_rows, tokenizer, prompt, length, data.num_proc, train_file.path.name)
+    evaluated = None
+    if eval_rows is not None and eval_file is not None:
+        evaluated = tokenize(eval_rows, tokenizer, prompt, length, data.num_proc, eval_file.path.name, scoring=True)
+    fits_memory = trainer.get("activation_checkpointing") == AUTO and precision.device == "cuda"
+    return Plan(
+        rules=rules,
+        args=args,
+        fits_memory=fits_memory,
+        lora=lora,
+        quant=quant,
+        precision=precision,
+        base=base,
+        tokenizer=tokenizer,
+        prompt=prompt,
+        logger=logger,
+        train_file=train_file,
+        eval_file=eval_file,
+        train=train,
+        eval_rows=eval_rows,
+        eval=evaluated,
+    )
+
+
+def _check_same(cfg: DictConfig, run: Run, plan: Plan) -> None:
+    """Raises UserError where a run directory that is gone on with was begun with another configuration or other data."""
+    if run.last_checkpoint() is None:
+        return
+    ours, theirs = _flat(cfg), _flat(run.read_config())
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"{key} is not what {run.path} was begun with: give the same, or take another hydra.run.dir"
+            )
+    data = run.read_json(run.environment)["data"]
+    for file in (plan.train_file, plan.eval_file):
+        if file is not None and data.get(str(file.path)) != file.sha256:
+            raise UserError(f"{file.path} has changed since {run.path} was begun: take another hydra.run.dir")
+
+
+def _flat(cfg: DictConfig) -> dict[str, Any]:
+    """{"lora.r": 16, ...} of a configuration of groups."""
+    groups = plain(cfg)
+    return {
+        f"{group}.{key}" if key else group: value
+        for group, values in groups.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+    }
+
+
+def _open(run: Run, cfg: DictConfig, plan: Plan) -> str:
+    """Writes what is known at the start; returns the run's id, the old one where the run goes on."""
+    run_id = uuid.uuid4().hex[:12]
+    if run.environment.is_file():
+        run_id = run.read_json(run.environment).get("run_id", run_id)
+    files = [file for file in (plan.train_file, plan.eval_file) if file is not None]
+    run.write_config(cfg)
+    run.write_json(run.prompt, plan.prompt.to_json())
+    run.write_json(run.environment, {"run_id": run_id} | describe(files))
+    return run_id
+
+
+def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tuple[Any, dict[str, Any]]:
+    """Trains, from the last checkpoint where there is one; returns the model with its adapter, and the figures of training."""
+    steps = OptimizerSteps(plan.rules.min_steps, plan.rules.max_skipped_steps)
+    interruption = Interruption()
+    history = History(run, steps, tracker.log)
+    memory = FitMemory()
+    stopping = []
+    if plan.rules.early_stopping_patience is not None:
+        stopping.append(EarlyStoppingCallback(plan.rules.early_stopping_patience))
+    trainer = InternTrainer(
+        rules=plan.rules,
+        model=model,
+        args=plan.args,
+        train_dataset=plan.train.rows,
+        eval_dataset=plan.eval.rows if plan.eval is not None else None,
+        processing_class=plan.tokenizer,
+        peft_config=plan.lora,
+        # A skipped step takes back the stop at max_steps, so `steps` follows what stops early and precedes what must stop.
+        callbacks=[*([memory] if plan.fits_memory else []), *stopping, steps, interruption, history],
+    )
+    trainer.remove_callback(PrinterCallback)
+    memory.trainer = trainer
+    checkpoint = run.last_checkpoint()
+    log.info(
+        "%d training rows, %s trainable parameters", len(plan.train.rows), f"{trainer.get_num_trainable_parameters():,}"
+    )
+    run.drop_history_after(0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1]))
+    if checkpoint is not None:
+        log.info("going on from %s", checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        history.close()
+        interruption.restore()
+    if interruption.signal is not None:
+        log.warning(
+            "interrupted after step %d; the same command with hydra.run.dir=%s goes on from there",
+            trainer.state.global_step,
+            run.path,
+        )
+        sys.exit(128 + interruption.signal)
+    losses = [entry["loss"] for entry in run.read_history() if isinstance(entry.get("loss"), float)]
+    tokens = trainer.state.num_input_tokens_seen
+    return trainer.model, {
+        "schema_version": SCHEMA_VERSION,
+        "optimizer_steps": steps.taken,
+        "skipped_steps": steps.skipped,
+        "best_step": _best_step(trainer),
+        "train_loss": sum(losses) / len(losses) if losses else result.training_loss,
+        "train_seconds": round(steps.seconds, 1),
+        "train_tokens": tokens,
+        "tokens_per_second": round(tokens / steps.seconds, 1),
+        "trainable_parameters": trainer.get_num_trainable_parameters(),
+        "checkpointed_layers": memory.plan.checkpointed if memory.plan is not None else None,
+        "train_rows": len(plan.train.rows),
+        "dropped_rows": len(plan.train.dropped),
+        "shortened_rows": plan.train.shortened,
+    }
+
+
+def _best_step(trainer: InternTrainer) -> int | None:
+    """The step whose weights the adapter has, where the best checkpoint was asked for; None for the last."""
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return int(best.rsplit("-", 1)[1]) if best else None
+
+
+def _evaluate(model: Any, plan: Plan) -> dict[str, Any]:
+    """The loss on the golden answers, each token counting the same."""
+    if plan.eval is None:
+        return {}
+    log.info("scoring %d golden rows", len(plan.eval.rows))
+    losses = answer_losses(
+        model, plan.eval.rows.to_list(), plan.tokenizer.pad_token_id, plan.args.per_device_eval_batch_size
+    )
+    total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
+    if not math.isfinite(total):
+        raise RunError(
+            f"the loss on the golden answers is {total}: lower trainer.learning_rate; the adapter is saved all the same"
+        )
+    return {"eval_loss": total / tokens, "eval_rows": len(losses), "eval_tokens": tokens}
+
+
+def _sample_answers(model: Any, plan: Plan, count: int) -> list[dict[str, str]]:
+    """Some golden questions, evenly spread over the file, with the reference and the model's answer."""
+    if plan.eval_rows is None or not count:
+        return []
+    log.info("answering %d golden questions", min(count, len(plan.eval_rows)))
+    chosen = plan.eval_rows.select(range(0, len(plan.eval_rows), max(1, len(plan.eval_rows) // count))).select(
+        range(min(count, len(plan.eval_rows)))
+    )
+    questions = list(chosen["question"])
+    materials = list(chosen["chunk_text"]) if plan.prompt.scores_with_material else None
+    generation = build_generation({"max_new_tokens": _SAMPLE_TOKENS, "do_sample": False}, plan.prompt, plan.tokenizer)
+    answers = generate(model, plan.tokenizer, plan.prompt, generation, questions, materials, batch_size=count)
+    return [
+        {"question": question, "reference": reference, "answer": answer}
+        for question, reference, (answer, _) in zip(questions, chosen["answer"], answers, strict=True)
+    ]
+
+
+def _with_absolute_paths(cfg: DictConfig, plan: Plan) -> DictConfig:
+    """The configuration as the run directory keeps it: it must mean the same from every working directory."""
+    cfg = cfg.copy()
+    OmegaConf.set_readonly(cfg, False)
+    cfg.model.pretrained_model_name_or_path = plan.base.name
+    cfg.data.train_file = str(plan.train_file.path)
+    if plan.eval_file is not None:
+        cfg.data.eval_file = str(plan.eval_file.path)
+    return cfg

@@ -1,0 +1,103 @@
+"""A model and questions -> answers and their losses, rendered by the run's own prompt."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from intern.config import plain
+from intern.errors import UserError
+from intern.prompt import IGNORED, Prompt
+
+
+def build_generation(
+    node: DictConfig | dict[str, Any], prompt: Prompt, tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
+    """conf/generation -> transformers.GenerationConfig that stops at the end of a turn.
+
+    Raises:
+        UserError: an unknown key or a value that transformers refuses.
+    """
+    values = plain(node) if isinstance(node, DictConfig) else node
+    known = GenerationConfig().to_dict()
+    for key in values:
+        if key not in known:
+            raise UserError(f"generation.{key}: unknown key; see transformers.GenerationConfig")
+    try:
+        config = GenerationConfig(**values, eos_token_id=list(prompt.stop_ids), pad_token_id=tokenizer.pad_token_id)
+        config.validate(strict=True)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"generation: {' '.join(str(error).split())}") from error
+    return config
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    generation: GenerationConfig,
+    questions: Sequence[str],
+    materials: Sequence[str | None] | None = None,
+    batch_size: int = 16,
+    streamer: Any = None,
+) -> Iterator[tuple[str, bool]]:
+    """Each question's answer, in order, and whether the model ended it by itself (False: cut off at max_new_tokens).
+
+    Questions of a batch are padded on the left, so each is followed by its own answer. A long material loses its end where the prompt
+    would not leave room for an answer in the model's positions.
+    """
+    most = model.config.max_position_embeddings - (generation.max_new_tokens or 0)
+    encoded = prompt.encode(tokenizer, questions, materials=materials, max_length=most)
+    model.eval()
+    for first in range(0, len(questions), batch_size):
+        rows = []
+        for question, one in zip(
+            questions[first : first + batch_size], encoded[first : first + batch_size], strict=True
+        ):
+            if one is None:
+                raise UserError(
+                    f"question is too long for the model ({model.config.max_position_embeddings} positions): {question[:60]!r}..."
+                )
+            rows.append(one.input_ids)
+        width = max(map(len, rows))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation, streamer=streamer)
+        for reply in output[:, width:].tolist():
+            ended = next((index for index, token in enumerate(reply) if token in prompt.stop_ids), None)
+            yield str(tokenizer.decode(reply[:ended], skip_special_tokens=True)).strip(), ended is not None
+
+
+@torch.inference_mode()
+def answer_losses(
+    model: Any, rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int = 16
+) -> list[tuple[float, int]]:
+    """For each row of input_ids and labels: the sum of its answer's token losses in nats, and how many tokens that is.
+
+    Only the answers' positions go through the output layer, so no tensor of length times vocabulary is made.
+    """
+    model.eval()
+    results = []
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first : first + batch_size]
+        width = max(len(row["input_ids"]) for row in batch)
+        pad = [width - len(row["input_ids"]) for row in batch]
+        ids = torch.tensor(
+            [row["input_ids"] + [pad_token_id] * more for row, more in zip(batch, pad, strict=True)],
+            device=model.device,
+        )
+        labels = torch.tensor(
+            [row["labels"] + [IGNORED] * more for row, more in zip(batch, pad, strict=True)], device=model.device
+        )
+        mask = torch.tensor([[1] * (width - more) + [0] * more for more in pad], device=model.device)
+        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        where = targets != IGNORED
+        losses = torch.nn.functional.cross_entropy(head(hidden[where]).float(), targets[where], reduction="none")
+        counts = where.sum(dim=1).tolist()
+        results += [(part.sum().item(), count) for part, count in zip(losses.split(counts), counts, strict=True)]
+    return results

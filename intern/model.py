@@ -1,0 +1,172 @@
+"""conf/model -> tokenizer and base model, quantized while it loads."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from omegaconf import DictConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from intern.attention import NAME, register
+from intern.config import check_names, plain
+from intern.errors import UserError
+from intern.paths import find
+from intern.precision import Precision
+
+log = logging.getLogger(__name__)
+
+_KEYS = ["pretrained_model_name_or_path", "revision", "attn_implementation"]
+_MOST_PARAMETERS_ON_CPU = 500_000_000  # beyond this one optimizer step on a CPU takes minutes
+_GIB = 2**30
+
+
+class Base:
+    """A base model by name: its files are found and its configuration is read at once, its weights only on `load`."""
+
+    def __init__(self, node: DictConfig) -> None:
+        """Raises UserError where the model is not there, is gated, or the keys are wrong."""
+        self._arguments = plain(node)
+        check_names(self._arguments, _KEYS, "model")
+        if not isinstance(self._arguments.get("pretrained_model_name_or_path"), str):
+            raise UserError("model.pretrained_model_name_or_path: give a folder or a model's name on the hub")
+        name = self._arguments.pop("pretrained_model_name_or_path")
+        folder = find(name)
+        self.name = str(folder) if folder is not None and folder.is_dir() else name
+        if folder is None and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+            raise UserError(f"model.pretrained_model_name_or_path={name}: no such folder")
+        self._revision = self._arguments.get("revision")
+        self.config: PreTrainedConfig = self._fetch(AutoConfig)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with a padding token that is never the end of a turn where the vocabulary has one to spare."""
+        tokenizer: PreTrainedTokenizerBase = self._fetch(AutoTokenizer)
+        if tokenizer.pad_token is None:
+            vocabulary = tokenizer.get_vocab()
+            spare = [
+                token
+                for token in ("<|finetune_right_pad_id|>", "<|reserved_special_token_250|>", "<unk>")
+                if token in vocabulary
+            ]
+            # Labels and attention masks are explicit, so even a shared padding token cannot hide an end of turn from the loss.
+            tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
+        return tokenizer
+
+    def parameters(self) -> int:
+        """The number of weights, counted without loading them."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config).num_parameters()
+
+    def check_fit(self, quant: BitsAndBytesConfig | None, precision: Precision) -> None:
+        """Raises UserError where the weights alone are too large for this machine."""
+        count = self.parameters()
+        if precision.device == "cpu":
+            if count > _MOST_PARAMETERS_ON_CPU:
+                raise UserError(
+                    f"{self.name} has {count / 1e9:.1f} billion parameters: it needs a CUDA GPU; experiment=tiny_cpu runs here"
+                )
+            return
+        text = self.config.get_text_config()
+        embeddings = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
+        # NF4 with double quantization: 4 bits a weight and 0.127 bits of scales (QLoRA, arXiv:2305.14314, section 3).
+        weight = 4.127 / 8 if self._is_4bit(quant) else torch.empty(0, dtype=precision.dtype).element_size()
+        if getattr(self.config, "quantization_config", None) and not self._is_4bit(quant):
+            return  # quantized in a way whose size is not known here
+        need = embeddings * torch.empty(0, dtype=precision.dtype).element_size() + (count - embeddings) * weight
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free = min(torch.cuda.mem_get_info()[0] + cached, _process_cap() - torch.cuda.memory_allocated())
+        if need > free:
+            remedy = "take a smaller model" if self._is_4bit(quant) else "take quant=nf4_fp16"
+            raise UserError(
+                f"{self.name} needs {need / _GIB:.1f} GiB for its weights, {free / _GIB:.1f} GiB of GPU memory are free: {remedy}"
+            )
+
+    def _is_4bit(self, quant: BitsAndBytesConfig | None) -> bool:
+        stored = getattr(self.config, "quantization_config", None) or {}
+        return bool((quant is not None and quant.load_in_4bit) or stored.get("load_in_4bit"))
+
+    def load(self, quant: BitsAndBytesConfig | None, precision: Precision) -> PreTrainedModel:
+        """The model on its device, each weight quantized as it arrives: neither host nor GPU ever holds the whole of it unquantized."""
+        stored = getattr(self.config, "quantization_config", None)
+        if stored is not None and quant is not None:
+            log.info(
+                "%s is quantized already: its own quantization stands, quant/ only sets the compute dtype", self.name
+            )
+        model: PreTrainedModel = self._fetch(
+            AutoModelForCausalLM,
+            dtype=precision.dtype,
+            quantization_config=None if stored is not None else quant,
+            device_map={"": 0 if precision.device == "cuda" else "cpu"},
+            attn_implementation=self._attention(),
+            use_safetensors=True,
+        )
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.compute_dtype = precision.dtype
+                module.compute_type_is_set = True
+                weight: Any = module.weight
+                if weight.quant_state is not None:  # a stored quantization may name another dtype to unpack to
+                    weight.quant_state.dtype = precision.dtype
+                # On CPUs with AVX512-BF16 the first evaluation repacks the weight in place, and gradients are wrong from then on.
+                module.support_avx512bf16_for_cpu = False
+        model.config.use_cache = True
+        return model
+
+    def _attention(self) -> str | None:
+        name = self._arguments.get("attn_implementation")
+        return register() if name == NAME else name
+
+    def _fetch(self, loader: Any, **arguments: Any) -> Any:
+        if self._revision is not None and not Path(self.name).is_dir():
+            arguments["revision"] = self._revision
+        key = f"model.pretrained_model_name_or_path={self.name}"
+        try:
+            return loader.from_pretrained(self.name, **arguments)
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise UserError(f"{key}: {_explain(error, self._revision)}") from error
+
+
+def _process_cap() -> int:
+    """Bytes of GPU memory that this process may take (torch.cuda.set_per_process_memory_fraction)."""
+    fraction = torch.cuda.get_per_process_memory_fraction()
+    return int(torch.cuda.get_device_properties(0).total_memory * fraction)
+
+
+def _explain(error: BaseException, revision: str | None) -> str:
+    """The reason why a model could not be had, and the remedy, from the chain of errors that the libraries raised."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    kinds = tuple(type(one) for one in chain)
+
+    def raised(kind: type[BaseException]) -> bool:
+        return any(issubclass(one, kind) for one in kinds)
+
+    if raised(GatedRepoError):
+        return "gated: accept its licence on its page, then `hf auth login`; model=llama3_8b_nf4 needs no account"
+    if raised(RepositoryNotFoundError):
+        return "not on the hub, or private: check the name, or `hf auth login`"
+    if any(raised(kind) for kind in (OfflineModeIsEnabled, ConnectionError, LocalEntryNotFoundError)):
+        return "not in the local cache, and the hub cannot be reached: check the network, or give a folder"
+    if raised(EntryNotFoundError):
+        return f"a file is missing there (revision {revision}): check the name and model.revision"
+    return " ".join(str(error).split())[:300]

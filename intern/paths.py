@@ -1,0 +1,16 @@
+"""Where conf/ and the shipped data are, in a checkout and in an installed wheel."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel carries conf/ and data/ inside the package; in a checkout they are its neighbours.
+PROJECT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent
+CONF_DIR = PROJECT / "conf"
+
+
+def find(path: str | Path) -> Path | None:
+    """The existing file or folder that `path` means, absolute: in the working directory first, then in the project; None if in neither."""
+    for base in (Path.cwd(), PROJECT):
+        if (candidate := base / Path(path).expanduser()).exists():
+            return candidate.resolve()
+    return None

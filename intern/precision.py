@@ -1,0 +1,87 @@
+"""What this machine can compute in: the device, the dtype, and how fp16 training stays sane."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from intern.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The plan of one run.
+
+    fp16 and bf16 are SFTConfig's switches (autocast; fp16 with loss scaling). dtype is what weights that are not quantized are held in
+    and what quantized matmuls compute in. Adapters are float32 always: GradScaler cannot unscale 16-bit gradients, and small updates
+    vanish in bfloat16.
+    """
+
+    device: str  # "cuda" or "cpu"
+    dtype: torch.dtype
+    fp16: bool
+    bf16: bool
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        mixed = "fp16 with loss scaling" if self.fp16 else "bf16" if self.bf16 else "full"
+        return f"{name}: {mixed} precision, computing in {str(self.dtype).removeprefix('torch.')}, adapters in float32"
+
+
+def plan_training(use_cpu: bool, fp16: bool | None, bf16: bool | None, compute_dtype: torch.dtype | None) -> Precision:
+    """The precision of a training run on this machine.
+
+    Args:
+        use_cpu: trainer.use_cpu.
+        fp16, bf16: trainer.fp16 and trainer.bf16. None leaves the choice to the card; both False is full precision.
+        compute_dtype: quant.bnb_4bit_compute_dtype, None without quantization.
+
+    Raises:
+        UserError: no GPU, a precision that the card lacks, or keys that contradict each other.
+    """
+    if fp16 and bf16:
+        raise UserError("trainer.fp16 and trainer.bf16 are both true: set one of them to false")
+    if use_cpu:
+        if fp16:
+            raise UserError("trainer.fp16=true needs a GPU: on a CPU take trainer=cpu_min100")
+        if compute_dtype == torch.float16:
+            raise UserError(
+                "quant.bnb_4bit_compute_dtype=float16 would train without loss scaling on a CPU: "
+                "set it to float32 (experiment=tiny_cpu does)"
+            )
+        dtype = torch.bfloat16 if bf16 else compute_dtype or torch.float32
+        return Precision("cpu", dtype, fp16=False, bf16=bool(bf16))
+    if not torch.cuda.is_available():
+        raise UserError(
+            "no CUDA GPU found, and trainer.use_cpu is false: experiment=tiny_cpu runs the whole pipeline on a CPU"
+        )
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 would count as able with emulation
+    if bf16 and not has_bf16:
+        raise UserError(
+            f"trainer.bf16=true, but {torch.cuda.get_device_name()} has no bfloat16: take trainer=t4_min100 quant=nf4_fp16"
+        )
+    if not fp16 and not bf16 and None in (fp16, bf16):
+        bf16 = has_bf16 and bf16 is None
+        fp16 = not bf16 and fp16 is None
+    dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
+    if compute_dtype is not None and (fp16 or bf16) and compute_dtype != dtype:
+        wanted, quant = ("fp16", "nf4_fp16") if fp16 else ("bf16", "nf4_bf16")
+        name = str(compute_dtype).removeprefix("torch.")
+        raise UserError(f"quant.bnb_4bit_compute_dtype={name} contradicts trainer.{wanted}=true: take quant={quant}")
+    return Precision("cuda", dtype, fp16=bool(fp16), bf16=bool(bf16))
+
+
+def plan_inference(compute_dtype: torch.dtype | None) -> Precision:
+    """The precision to answer in: the one the run was trained in as far as this machine has it, float32 without a GPU.
+
+    Args:
+        compute_dtype: quant.bnb_4bit_compute_dtype of the run, None without quantization.
+    """
+    if torch.cuda.is_available():
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if compute_dtype is None or (compute_dtype == torch.bfloat16 and not has_bf16):
+            compute_dtype = torch.bfloat16 if has_bf16 else torch.float16
+        return Precision("cuda", compute_dtype, fp16=False, bf16=False)
+    return Precision("cpu", torch.float32, fp16=False, bf16=False)

@@ -1,0 +1,43 @@
+"""python -m intern.query run_dir=latest question="What did Uber earn in 2024?" """
+
+import sys
+
+from omegaconf import DictConfig
+
+from intern.cli import command
+from intern.errors import UserError
+from intern.run import resolve
+
+
+@command("query", free_text=("question", "context"))
+def main(cfg: DictConfig) -> None:
+    """Answers a question with a finished run."""
+    run = resolve(cfg.run_dir)
+    from intern.answer import Intern  # heavy: keeps --help and a wrong run_dir fast
+
+    intern = Intern(run, cfg.generation, cfg.model)
+    if cfg.question is not None:
+        sys.stdout.write(intern.answer(str(cfg.question), cfg.context) + "\n")
+        return
+    sys.stderr.write(f"{run.path}: ask a question; Ctrl-D ends\n")
+    while question := _ask():
+        try:
+            for piece in intern.stream(question, cfg.context):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+        except UserError as error:  # this question cannot be answered, the next one may
+            sys.stderr.write(f"{error}\n")
+
+
+def _ask() -> str | None:
+    sys.stderr.write("> ")
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    while line and not line.strip():
+        line = sys.stdin.readline()
+    return line.strip() or None
+
+
+if __name__ == "__main__":
+    main()

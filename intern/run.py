@@ -1,0 +1,203 @@
+"""The files of one run: what training writes and everything after reads; the only thing that the two share."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
+
+from intern.errors import UserError
+
+SCHEMA_VERSION = 1
+RUN_ROOTS = ("outputs", "multirun")  # where Hydra puts runs, in the working directory
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory. Files appear by rename and metrics.json comes last: a run with metrics.json is whole."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
+    def history(self) -> Path:
+        return self.path / "history.jsonl"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def prompt(self) -> Path:
+        return self.path / "prompt.json"
+
+    @property
+    def loss_plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def finished(self) -> bool:
+        return self.metrics.is_file()
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end; None where there is none.
+
+        The library writes trainer_state.json last: without it a kill came in between, and the checkpoint before is the one to take.
+        """
+        for folder in sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: -int(path.name.rsplit("-", 1)[1])):
+            with contextlib.suppress(OSError, ValueError):
+                json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+                return folder
+        return None
+
+    def write_config(self, cfg: DictConfig) -> None:
+        """The configuration with every interpolation resolved."""
+        _write(self.config, OmegaConf.to_yaml(cfg, resolve=True))
+
+    def write_json(self, path: Path, content: dict[str, Any]) -> None:
+        """One JSON object, whole or not at all."""
+        _write(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def append_history(self, entry: dict[str, Any]) -> None:
+        """One line for one log step."""
+        with self.history.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def read_config(self) -> DictConfig:
+        """Raises UserError where the file is missing or not a configuration."""
+        try:
+            cfg = OmegaConf.load(self.config)
+        except (OSError, YAMLError) as error:
+            raise UserError(
+                f"{self.config}: cannot be read ({type(error).__name__}): is {self.path} a run directory?"
+            ) from error
+        if not isinstance(cfg, DictConfig):
+            raise UserError(f"{self.config}: holds no configuration: is {self.path} a run directory?")
+        return cfg
+
+    def read_json(self, path: Path) -> dict[str, Any]:
+        """Raises UserError where the file is missing or not a JSON object."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: cannot be read ({type(error).__name__}): is {self.path} a finished run?"
+            ) from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: holds no JSON object: is {self.path} a finished run?")
+        return content
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """The log steps so far; a last line that a crash cut short is left out."""
+        entries = []
+        if self.history.is_file():
+            for line in self.history.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    entries.append(json.loads(line))
+        return entries
+
+    def drop_history_after(self, step: int) -> None:
+        """Forgets the log steps behind a checkpoint: they come again when training goes on from it."""
+        if not self.history.exists():
+            return
+        kept = [json.dumps(entry) + "\n" for entry in self.read_history() if entry["step"] <= step]
+        _write(self.history, "".join(kept))
+
+    @contextlib.contextmanager
+    def new_adapter(self) -> Iterator[Path]:
+        """A folder to save the adapter into; it becomes adapter/ when everything is written, and replaces an older one."""
+        draft = Path(tempfile.mkdtemp(prefix=".adapter-", dir=self.path))
+        try:
+            yield draft
+        except BaseException:
+            shutil.rmtree(draft)
+            raise
+        (draft / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, with every field still to fill in
+        draft.chmod(0o755)
+        for file in draft.iterdir():
+            file.chmod(0o644)
+        if self.adapter.exists():
+            shutil.rmtree(self.adapter)
+        draft.rename(self.adapter)
+
+    def score(self) -> float:
+        """What "best" compares, lower is better: the loss on the golden answers, or on the training rows where nothing was evaluated."""
+        metrics = self.read_json(self.metrics)
+        loss = metrics.get("eval_loss", metrics.get("train_loss"))
+        return float(loss) if isinstance(loss, int | float) else math.inf
+
+
+def resolve(run_dir: str | Path, root: Path | None = None) -> Run:
+    """The finished run that a user means.
+
+    Args:
+        run_dir: a run's folder; a folder of runs such as a sweep's (its best job); "latest" or "best", among all runs below
+            outputs/ and multirun/ of `root`.
+        root: the folder of outputs/ and multirun/; the working directory by default.
+
+    Raises:
+        UserError: there is no such run, or it is not finished.
+    """
+    root = root or Path.cwd()
+    if str(run_dir) in ("latest", "best"):
+        runs = [run for name in RUN_ROOTS for run in _runs_below(root / name)]
+        if not runs:
+            raise UserError(
+                f"run_dir={run_dir}: no finished run below {root}/outputs or {root}/multirun: train one, or give its path"
+            )
+        return (
+            max(runs, key=lambda run: run.metrics.stat().st_mtime)
+            if str(run_dir) == "latest"
+            else min(runs, key=Run.score)
+        )
+    path = Path(run_dir).expanduser()
+    path = path if path.is_absolute() else root / path
+    if not path.is_dir():
+        raise UserError(f"run_dir={run_dir}: no such folder")
+    run = Run(path.resolve())
+    if run.finished:
+        return run
+    if run.config.is_file():
+        raise UserError(f"run_dir={run_dir}: this run is unfinished (no metrics.json)")
+    runs = list(_runs_below(path))
+    if not runs:
+        raise UserError(f"run_dir={run_dir}: neither a run (no config.yaml) nor a folder of finished runs")
+    return min(runs, key=Run.score)
+
+
+def _runs_below(folder: Path) -> Iterator[Run]:
+    for metrics in sorted(folder.rglob("metrics.json")):
+        if (run := Run(metrics.parent.resolve())).config.is_file():
+            yield run
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

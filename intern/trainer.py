@@ -1,0 +1,323 @@
+"""conf/trainer -> trl.SFTConfig, and the trainer that counts the optimizer steps that really happened."""
+
+import logging
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.utils import is_liger_kernel_available
+from trl import SFTConfig, SFTTrainer
+
+from intern.config import build, plain
+from intern.errors import RunError, UserError
+from intern.precision import Precision
+from intern.run import Run
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"  # for trainer.activation_checkpointing (intern/memory.py) and trainer.use_liger_kernel
+# Of the libraries' log entries: a second token count, which starts anew at a resume, and figures that metrics.json has.
+_NOT_KEPT = {"num_tokens", "eval_num_tokens", "total_flos", "train_runtime"} | {
+    f"train_{unit}_per_second" for unit in ("tokens", "samples", "steps")
+}
+# SFTConfig's keys that something else decides.
+_ELSEWHERE = {
+    "output_dir": "hydra.run.dir",
+    "seed": "seed",
+    "report_to": "logger",
+    "disable_tqdm": "nothing: progress adapts to the terminal",
+    "include_num_input_tokens_seen": "nothing: tokens are always counted",
+    "logging_nan_inf_filter": "nothing: a loss that is no number ends the run",
+    "dataset_kwargs": "trainer.packing",
+    "resume_from_checkpoint": "hydra.run.dir: the same run directory goes on",
+    "model_init_kwargs": "model",
+    "chat_template_path": "model: the tokenizer's own",
+    "eos_token": "model: the tokenizer's own",
+    "gradient_checkpointing": "trainer.activation_checkpointing, its new name",
+    "gradient_checkpointing_kwargs": "trainer.activation_checkpointing_kwargs, its new name",
+}
+
+
+@dataclass(frozen=True)
+class StepRules:
+    """Our own keys of conf/trainer, in optimizer steps."""
+
+    min_steps: int
+    max_skipped_steps: int
+    early_stopping_patience: int | None = None
+
+
+def build_rules(node: DictConfig) -> StepRules:
+    """Raises UserError for a wrong type, a missing key, or a max_steps that contradicts min_steps."""
+    values = plain(node)
+    rules = build(StepRules, {name: values.get(name) for name in StepRules.__dataclass_fields__}, "trainer")
+    most = values.get("max_steps", -1)
+    if isinstance(most, int) and 0 < most < rules.min_steps:
+        raise UserError(
+            f"trainer.max_steps={most} is below trainer.min_steps={rules.min_steps}: raise it, or set trainer.min_steps={most} too"
+        )
+    if rules.early_stopping_patience is not None and not values.get("load_best_model_at_end"):
+        raise UserError(
+            "trainer.early_stopping_patience needs trainer.load_best_model_at_end=true and trainer.eval_strategy=steps"
+        )
+    return rules
+
+
+def build_training_args(node: DictConfig, run: Run, precision: Precision, seed: int, evaluates: bool) -> SFTConfig:
+    """TRL's configuration of one run, with the precision that was planned for this machine.
+
+    Raises:
+        UserError: an unknown key, a wrong type, a value that TRL refuses, or one that belongs elsewhere.
+    """
+    values = {key: value for key, value in plain(node).items() if key not in StepRules.__dataclass_fields__}
+    for key, place in _ELSEWHERE.items():
+        if key in values:
+            raise UserError(f"trainer.{key}: not set here; decided by {place}")
+    if values.get("eval_strategy", "no") != "no" and not evaluates:
+        raise UserError(f"trainer.eval_strategy={values['eval_strategy']} needs a data.eval_file")
+    if values.get("max_length") is None:
+        raise UserError("trainer.max_length: give the most tokens of a row")
+    if values.get("activation_checkpointing") == AUTO:
+        values["activation_checkpointing"] = precision.device == "cuda"  # a CPU's memory is not what runs out
+    if values.get("use_liger_kernel") == AUTO:
+        values["use_liger_kernel"] = precision.device == "cuda" and is_liger_kernel_available()
+    values |= {
+        "output_dir": str(run.checkpoints),
+        "seed": seed,
+        "fp16": precision.fp16,
+        "bf16": precision.bf16,
+        "use_cpu": precision.device == "cpu",
+        "report_to": [],
+        "disable_tqdm": True,
+        "include_num_input_tokens_seen": "non_padding",
+        "logging_nan_inf_filter": False,  # a loss that is no number must show
+        # Rows come tokenized and cut to length; only packing is TRL's to do.
+        "dataset_kwargs": {"skip_prepare_dataset": not values.get("packing", False)},
+    }
+    args = build(SFTConfig, values, "trainer")
+    args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU: nn.DataParallel cannot train what TRL patches
+    return args
+
+
+class OptimizerSteps(TrainerCallback, ExportableState):
+    """Counts steps that were taken and steps that fp16's loss scaling skipped; each skipped step is made up for at the end."""
+
+    def __init__(self, min_steps: int, max_skipped_steps: int) -> None:
+        self.min_steps = min_steps
+        self.max_skipped_steps = max_skipped_steps
+        self.taken = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.seconds = 0.0  # from the first step on, with checkpoints and evaluations, without pauses between a stop and its resume
+        self._clock = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "args": {"min_steps": self.min_steps, "max_skipped_steps": self.max_skipped_steps},
+            "attributes": {name: getattr(self, name) for name in ("taken", "skipped", "skipped_in_a_row", "seconds")},
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        stored: Any = state.stateful_callbacks  # a checkpoint's, where training goes on
+        for name, value in stored.get(type(self).__name__, self.state())["attributes"].items():
+            setattr(self, name, value)
+        state.max_steps += self.skipped
+        self._clock = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now = time.monotonic()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
+        if not getattr(kwargs["optimizer"], "step_was_skipped", False):
+            self.taken += 1
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            state.max_steps += 1
+            control.should_training_stop = False
+        if self.skipped_in_a_row > self.max_skipped_steps:
+            raise RunError(
+                f"fp16 skipped {self.skipped_in_a_row} optimizer steps in a row (step {state.global_step}): gradients overflow at every "
+                "loss scale; lower trainer.learning_rate, or on a card with bfloat16 take trainer=ampere quant=nf4_bf16"
+            )
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_training_stop and self.taken < self.min_steps:
+            control.should_training_stop = False  # early stopping waits for min_steps
+
+
+class Interruption(TrainerCallback):
+    """Ctrl-C or SIGTERM: the step is finished, a checkpoint saved, training ends. A second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            self.restore()
+            raise KeyboardInterrupt
+        self.signal = number
+        log.warning("%s: saving a checkpoint after this step (Ctrl-C again: stop at once)", signal.Signals(number).name)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop |= self.signal is not None  # whoever waits for min_steps does not outwait a signal
+
+    def restore(self) -> None:
+        """Gives the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+class History(TrainerCallback):
+    """Every log step: a line in history.jsonl, the same to `report`, and a progress bar in a terminal or a line of text elsewhere."""
+
+    def __init__(self, run: Run, steps: OptimizerSteps, report: Callable[[dict[str, Any]], None]) -> None:
+        self.run = run
+        self.report = report
+        self.steps = steps
+        self._tokens = 0
+        self._since = 0.0
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._since = self._start = time.monotonic()
+        self._first = state.global_step
+        self._tokens = state.num_input_tokens_seen
+        if self._console.is_terminal:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, figures="")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=state.global_step, total=state.max_steps)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = {name: value for name, value in kwargs["logs"].items() if name not in _NOT_KEPT}
+        if "train_loss" in logs:
+            return  # the summary at the end: metrics.json has it
+        entry: dict[str, Any] = {
+            "step": state.global_step,
+            "optimizer_steps": self.steps.taken,
+            "skipped_steps": self.steps.skipped,
+        } | logs
+        if "loss" in logs:
+            now, tokens = time.monotonic(), state.num_input_tokens_seen
+            entry["tokens_per_second"] = round((tokens - self._tokens) / max(now - self._since, 1e-9), 1)
+            self._tokens, self._since = tokens, now
+            if kwargs["optimizer"].scaler is None and _is_bad(float(logs["loss"])):
+                raise RunError(
+                    f"the loss is {logs['loss']} at step {state.global_step}: lower trainer.learning_rate; "
+                    f"the last checkpoint before it is in {self.run.checkpoints}"
+                )
+            scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+            if scaler is not None:
+                entry["loss_scale"] = scaler.get_scale()
+        # A loss that is not finite is kept as text: JSON has no such numbers.
+        self.run.append_history({name: value if not _is_bad(value) else str(value) for name, value in entry.items()})
+        self.report(entry)
+        self._show(entry, state)
+
+    def _show(self, entry: dict[str, Any], state: TrainerState) -> None:
+        shown = {"loss": ".3f", "eval_loss": ".3f", "tokens_per_second": ",.0f", "loss_scale": ".0f"}
+        figures = "  ".join(
+            f"{name.replace('tokens_per_second', 'tokens/s')} {entry[name]:{form}}"
+            for name, form in shown.items()
+            if name in entry
+        )
+        if self._console.is_terminal:
+            self._bar.update(self._task, figures=figures)
+            return
+        left = (
+            (time.monotonic() - self._start)
+            / max(state.global_step - self._first, 1)
+            * (state.max_steps - state.global_step)
+        )
+        log.info(
+            "step %d/%d  %s  left %s",
+            state.global_step,
+            state.max_steps,
+            figures,
+            time.strftime("%H:%M:%S", time.gmtime(left)),
+        )
+
+    def close(self) -> None:
+        """Takes the progress bar off the terminal."""
+        if self._console.is_terminal:
+            self._bar.stop()
+
+
+def _is_bad(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+class InternTrainer(SFTTrainer):
+    """TRL's trainer with float32 adapters and at least `rules.min_steps` steps."""
+
+    def __init__(self, rules: StepRules, **kwargs: Any) -> None:
+        self._min_steps = rules.min_steps
+        super().__init__(**kwargs)
+        # TRL casts the adapters of a quantized model to bfloat16: fp16's GradScaler cannot unscale that, and small updates vanish in it.
+        assert self.model is not None
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.float32)
+
+    def forget_metrics(self) -> None:
+        """Takes back what a step outside of training has left in the figures of the next log entry."""
+        self._metrics["train"].clear()
+        self._total_train_tokens = 0
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card: the run directory itself says what was trained on what."""
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
+        """The library's plan with two changes: no fewer than min_steps, and epochs without end, so that max_steps alone ends training."""
+        _, *between, max_steps = super().set_initial_training_values(args, dataloader)
+        return sys.maxsize, *between, max(max_steps, self._min_steps)
+
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
+        """Where to go on. The library would take one step more from a checkpoint of the last step: then no epoch is left."""
+        epochs, batches = super()._init_training_state(max_steps, *arguments)
+        stored: Any = self.state.stateful_callbacks
+        skipped = stored.get("OptimizerSteps", {}).get("attributes", {}).get("skipped", 0)
+        return (sys.maxsize, 0) if self.state.global_step >= max_steps + skipped else (epochs, batches)

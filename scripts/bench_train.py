@@ -1,0 +1,283 @@
+"""python scripts/bench_train.py CHECKPOINT --precision fp16 --cap 14.7
+
+Training speed and memory of this project beside the plain TRL recipe and, where it can be imported, Unsloth: the same checkpoint, rows,
+LoRA shape and memory cap, each system in a process of its own. Prints one table; --json keeps every figure and the losses of all steps.
+
+A setting is SYSTEM and flags, such as ours:pack:auto:liger, trl:batch=8:ckpt or unsloth:pack. Systems: ours, trl, unsloth. Flags:
+batch=N, pack, ckpt (every layer checkpointed), auto (ours: as many layers as the memory demands), liger (ours: Triton layers).
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RANK, ALPHA, TARGETS = 16, 32, ["q_proj", "k_proj", "v_proj", "o_proj"]
+SETTINGS = ["ours:pack:auto:liger", "ours:pack:ckpt:liger", "trl:ckpt", "unsloth:pack:ckpt", "unsloth:ckpt"]
+
+
+def random_rows(count: int, length: int, vocabulary: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Rows of random tokens: lognormal lengths (median 420 tokens, sigma 0.7) from 96 to `length`, loss on the last 10 to 40 %."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        size = int(min(max(draw.lognormvariate(math.log(420), 0.7), 96), length))
+        ids = [draw.randrange(10, vocabulary) for _ in range(size)]
+        silent = int(size * draw.uniform(0.6, 0.9))
+        rows.append({"input_ids": ids, "labels": [-100] * silent + ids[silent:]})
+    return rows
+
+
+def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One setting, measured: called in a process of its own."""
+    system, *flags = setting.split(":")
+    packing, checkpointing = "pack" in flags, "ckpt" in flags
+    batch = next((int(flag.removeprefix("batch=")) for flag in flags if flag.startswith("batch=")), 1)
+    if system == "unsloth":
+        import unsloth  # noqa: F401 - has to be imported before the libraries that it patches
+    import torch
+    from datasets import Dataset
+    from transformers import AutoConfig, AutoTokenizer, TrainerCallback
+
+    on_gpu = torch.cuda.is_available()
+    if args.cap:
+        torch.cuda.set_per_process_memory_fraction(args.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        if system == "ours":  # flash attention of its own kernel too: the switches above do not reach it
+            sys.path.insert(0, str(ROOT))
+            import intern.attention
+
+            intern.attention.has_flash_attention = lambda query: False
+
+    class Clock(TrainerCallback):
+        """When each step ended, and what its loss was."""
+
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+            self.losses: list[float] = []
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
+            self.ends.append(time.perf_counter())
+
+        def on_log(self, *_: Any, **given: Any) -> None:
+            if "loss" in given["logs"]:
+                self.losses.append(float(given["logs"]["loss"]))
+
+    started = time.perf_counter()
+    vocabulary = AutoConfig.from_pretrained(args.checkpoint).vocab_size
+    rows = Dataset.from_list(random_rows(args.rows, args.length, vocabulary))
+    common = {
+        "output_dir": "/tmp/bench_train",  # nothing is saved
+        "max_steps": args.steps,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": args.accumulation,
+        "max_length": args.length,
+        "packing": packing,
+        "learning_rate": 2e-4,
+        "optim": "paged_adamw_8bit" if on_gpu else "adamw_torch",
+        "fp16": args.precision == "fp16",
+        "bf16": args.precision == "bf16",
+        "use_cpu": not on_gpu,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[args.precision]
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    build = {"ours": _ours, "trl": _trl, "unsloth": _unsloth}[system]
+    common["use_liger_kernel"] = "liger" in flags
+    trainer = build(args, common, dtype, rows, tokenizer, checkpointing or "auto" in flags)
+    if "auto" in flags:
+        from intern.memory import FitMemory
+
+        trainer.add_callback(memory := FitMemory())
+        memory.trainer = trainer
+    clock = Clock()
+    trainer.add_callback(clock)
+    seen = []
+    compute_loss = trainer.compute_loss
+
+    def counted(model: Any, inputs: dict[str, Any], *rest: Any, **kwargs: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        seen.append(int(mask.sum()) if mask is not None and mask.ndim == 2 else inputs["input_ids"].numel())
+        return compute_loss(model, inputs, *rest, **kwargs)
+
+    trainer.compute_loss = counted
+    if "auto" in flags:  # the probes before the first step are no steps
+        begin = memory.on_train_begin
+
+        def forgetful(*given: Any, **kwargs: Any) -> None:
+            begin(*given, **kwargs)
+            seen.clear()
+
+        memory.on_train_begin = forgetful  # type: ignore[method-assign]
+    trainer.train()
+    warm = min(args.warmup, args.steps - 2)
+    durations = [end - before for before, end in zip(clock.ends[warm:], clock.ends[warm + 1 :], strict=False)]
+    tokens = [
+        sum(seen[step * args.accumulation : (step + 1) * args.accumulation]) for step in range(warm + 1, args.steps)
+    ]
+    return {
+        "setting": setting,
+        "tokens_per_second": round(sum(tokens) / sum(durations)),
+        "median_step_seconds": round(statistics.median(durations), 3),
+        "tokens_per_step": round(statistics.mean(tokens)),
+        "first_step_seconds": round(clock.ends[0] - started, 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else None,
+        "checkpointed_layers": memory.plan.checkpointed if "auto" in flags and memory.plan else None,
+        "losses": clock.losses,
+    }
+
+
+def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: Any, checkpointing: bool) -> Any:
+    sys.path.insert(0, str(ROOT))
+    from omegaconf import OmegaConf
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    from intern.model import Base
+    from intern.precision import Precision
+    from intern.quant import build_quant
+    from intern.trainer import InternTrainer, StepRules
+
+    base = Base(
+        OmegaConf.create({"pretrained_model_name_or_path": str(args.checkpoint), "attn_implementation": "isolated"})
+    )
+    quant = build_quant(OmegaConf.create(_quantization(dtype)))
+    device = "cpu" if common["use_cpu"] else "cuda"
+    model = base.load(quant, Precision(device, dtype, common["fp16"], common["bf16"]))
+    config = SFTConfig(
+        **common,
+        activation_checkpointing=checkpointing,
+        dataset_kwargs={"skip_prepare_dataset": not common["packing"]},
+    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)
+    return InternTrainer(
+        StepRules(0, 1000), model=model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=lora
+    )
+
+
+def _trl(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: Any, checkpointing: bool) -> Any:
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from trl import SFTConfig, SFTTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        args.checkpoint,
+        quantization_config=BitsAndBytesConfig(**_quantization(dtype)),
+        dtype=dtype,
+        device_map={"": "cpu" if common["use_cpu"] else 0},
+        attn_implementation="sdpa",
+    )
+    config = SFTConfig(**common, gradient_checkpointing=checkpointing)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)
+    trainer = SFTTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    if common["fp16"]:  # the one change without which the plain recipe fails at its first step
+        adapted: Any = trainer.model
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.float32)
+    return trainer
+
+
+def _unsloth(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: Any, checkpointing: bool) -> Any:
+    from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        str(args.checkpoint), max_seq_length=args.length, dtype=dtype, load_in_4bit=True
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=0,
+        bias="none",
+        target_modules=TARGETS,
+        use_gradient_checkpointing="unsloth" if checkpointing else False,
+    )
+    return SFTTrainer(model, args=SFTConfig(**common), train_dataset=rows, processing_class=tokenizer)
+
+
+def _quantization(dtype: Any) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": name,
+    }
+
+
+def measure(setting: str, arguments: list[str], site: str | None) -> dict[str, Any]:
+    """Runs one setting in a new process; a setting that fails gives its last error line."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "WANDB_MODE": "disabled"}
+    if setting.startswith("unsloth") and site:
+        environment["PYTHONPATH"] = site
+    line = [sys.executable, __file__, *arguments, "--only", setting]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+    for text in reversed(done.stdout.splitlines()):
+        if text.startswith('{"setting"'):
+            return json.loads(text)
+    errors = [text for text in (done.stderr + done.stdout).splitlines() if "Error" in text] or ["no error line"]
+    return {"setting": setting, "error": errors[-1][:120]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("settings", nargs="*", default=SETTINGS)
+    parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"], default="bf16")
+    parser.add_argument(
+        "--cap", type=float, default=0, help="GiB of GPU memory, and no flash or cuDNN attention (a T4: 14.7)"
+    )
+    parser.add_argument("--length", type=int, default=2048, help="most tokens of a row, and of a pack")
+    parser.add_argument("--rows", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=3, help="first steps that do not count")
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument(
+        "--unsloth-site", help="PYTHONPATH of Unsloth's process, where it needs other versions of the libraries"
+    )
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps(train(args.only, args)))
+        return
+    given = [text for text in sys.argv[1:] if text not in args.settings]
+    results = []
+    for setting in args.settings:
+        results.append(measure(setting, given, args.unsloth_site))
+        print(f"{setting}: {results[-1].get('error') or results[-1]['tokens_per_second']}", file=sys.stderr, flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+    print(
+        "| setting | tokens/s | peak GiB | reserved GiB | first step after s | layers checkpointed | mean loss |\n|---|---:|---:|---:|---:|---:|---:|"
+    )
+    for one in results:
+        if "error" in one:
+            print(f"| {one['setting']} | {one['error']} | | | | |")
+        else:
+            names = ("tokens_per_second", "peak_gib", "reserved_gib", "first_step_seconds", "checkpointed_layers")
+            figures = ["" if one[name] is None else one[name] for name in names]
+            print(f"| {one['setting']} | {' | '.join(map(str, figures))} | {statistics.mean(one['losses']):.3f} |")
+
+
+if __name__ == "__main__":
+    main()

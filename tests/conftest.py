@@ -1,0 +1,55 @@
+"""What several tests share: a finished run of the tiny base, made once for the whole suite."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# No test asks a network for anything; a W&B key of the person who runs the tests must not be used either.
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def command(
+    *arguments: str | Path, cwd: Path = ROOT, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m ...` as a user would."""
+    line = [sys.executable, "-m", *map(str, arguments)]
+    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=os.environ | environment, check=False)
+    assert not check or done.returncode == 0, f"{' '.join(line)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+SHORT = (
+    "experiment=tiny_cpu",
+    "trainer.max_steps=12",
+    "trainer.min_steps=12",
+    "trainer.save_steps=6",
+    "trainer.logging_steps=2",
+)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the default length of the tests, with an offline W&B run."""
+    target = tmp_path_factory.mktemp("run") / "first"
+    command("intern.train", *SHORT, "logger.sample_answers=2", f"hydra.run.dir={target}")
+    return target
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a JSONL file of the given rows (dicts, or text as it stands)."""
+
+    def write(*rows: object, name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text(
+            "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+        )
+        return path
+
+    return write

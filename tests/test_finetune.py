@@ -1,0 +1,243 @@
+"""Training runs of the tiny base with the real libraries on the CPU."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SHORT, command
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+
+from intern.errors import UserError
+from intern.finetune import finetune
+from intern.paths import CONF_DIR
+from intern.run import Run
+
+
+def train(path, *overrides):
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("train", overrides=[*SHORT, "logger=none", *overrides])
+    path.mkdir(parents=True, exist_ok=True)
+    run = Run(path)
+    finetune(cfg, run)
+    return run
+
+
+def weights(run):
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("finetune") / "run")
+
+
+def test_a_run_directory_has_everything_it_promises(run):
+    names = {path.name for path in run.path.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "adapter",
+        "checkpoints",
+        "metrics.json",
+        "history.jsonl",
+        "environment.json",
+        "prompt.json",
+        "loss.png",
+    }
+    adapter = {path.name for path in run.adapter.iterdir()}
+    assert adapter >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"}
+    assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
+    metrics = json.loads(run.metrics.read_text())
+    assert metrics["schema_version"] == 1
+    assert (metrics["optimizer_steps"], metrics["skipped_steps"], metrics["train_rows"]) == (12, 0, 400)
+    assert metrics["eval_rows"] == 100 and 1 < metrics["eval_loss"] < 20
+    assert metrics["peak_host_gib"] > 0.1 and metrics["tokens_per_second"] > 10
+    environment = json.loads(run.environment.read_text())
+    assert environment["packages"]["trl"] and set(environment["data"]) == {
+        str(ROOT / "data" / name) for name in ("train.jsonl", "golden_test_set.jsonl")
+    }
+    assert run.loss_plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_log_has_a_line_for_every_logged_step(run):
+    history = run.read_history()
+    assert [entry["step"] for entry in history] == [2, 4, 6, 8, 10, 12]
+    assert [entry["optimizer_steps"] for entry in history] == [2, 4, 6, 8, 10, 12]
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert all(entry["tokens_per_second"] > 0 and entry["grad_norm"] > 0 for entry in history)
+
+
+def test_it_is_qlora_every_adapter_weight_moves_and_no_other(run):
+    trained = weights(run)
+    assert len(trained) == 4 * 7 * 2  # layers x linear layers x (A, B)
+    assert all(tensor.dtype == torch.float32 for tensor in trained.values())
+    assert all(tensor.abs().max() > 0 for name, tensor in trained.items() if "lora_B" in name)  # B starts at zero
+    config = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(ROOT / "data" / "tiny_llama3")
+
+
+def test_the_configuration_of_a_run_is_resolved_and_means_the_same_from_everywhere(run):
+    cfg = run.read_config()
+    assert cfg.model.pretrained_model_name_or_path == str(ROOT / "data" / "tiny_llama3")
+    assert cfg.data.train_file == str(ROOT / "data" / "train.jsonl")
+    assert "${" not in run.config.read_text()
+
+
+def test_the_same_seed_gives_the_same_losses_and_the_same_adapter_and_another_seed_does_not(run, tmp_path):
+    same, other = train(tmp_path / "same"), train(tmp_path / "other", "seed=43")
+    losses = [[entry["loss"] for entry in one.read_history()] for one in (run, same, other)]
+    assert losses[0] == losses[1] != losses[2]
+    ours, theirs = weights(run), weights(same)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_min_steps_outlasts_a_short_epoch_plan(tmp_path, rows_file):
+    rows = [{"question": f"How much {number}?", "answer": "It rose 18%."} for number in range(8)]
+    run = train(
+        tmp_path / "run",
+        f"data.train_file={rows_file(*rows)}",
+        "trainer.max_steps=-1",
+        "trainer.num_train_epochs=1",
+        "data.eval_file=null",
+    )
+    metrics = run.read_json(run.metrics)
+    assert metrics["optimizer_steps"] == 12  # one epoch of 8 rows is one step
+    assert "eval_loss" not in metrics and run.score() == metrics["train_loss"]
+
+
+def test_the_best_checkpoint_is_the_adapter_where_that_is_asked_for_and_training_stops_early(tmp_path):
+    # A rate that is far too high makes the golden loss worse with every step.
+    run = train(
+        tmp_path / "run",
+        "trainer.learning_rate=0.5",
+        "trainer.lr_scheduler_type=constant",
+        "trainer.eval_strategy=steps",
+        "trainer.eval_steps=2",
+        "trainer.save_steps=2",
+        "trainer.load_best_model_at_end=true",
+        "trainer.early_stopping_patience=1",
+        "trainer.min_steps=6",
+        "trainer.warmup_steps=0",
+    )
+    metrics = run.read_json(run.metrics)
+    losses = {entry["step"]: entry["eval_loss"] for entry in run.read_history() if "eval_loss" in entry}
+    assert metrics["best_step"] == min(losses, key=losses.get)
+    assert 6 <= metrics["optimizer_steps"] < 12
+    assert math.isclose(metrics["eval_loss"], min(losses.values()), rel_tol=0.05)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer.packing=false", "trainer.per_device_train_batch_size=8"],
+        ["data.context=mixed"],
+        ["quant=none"],
+        ["lora=dora"],
+        ["trainer.activation_checkpointing=true"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_the_other_ways_to_train_work(tmp_path, overrides):
+    run = train(tmp_path / "run", *overrides)
+    history = run.read_history()
+    assert run.read_json(run.metrics)["optimizer_steps"] == 12
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_a_finished_run_is_not_overwritten(run):
+    before = run.metrics.read_bytes()
+    with pytest.raises(UserError, match="holds a finished run"):
+        train(run.path)
+    assert run.metrics.read_bytes() == before
+
+
+def test_bad_data_ends_a_run_before_the_model_is_touched(tmp_path, rows_file):
+    bad = rows_file({"question": "q", "answer": "a"}, "{")
+    done = command("intern.train", *SHORT, f"data.train_file={bad}", f"hydra.run.dir={tmp_path}/run", check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        rf"\[[0-9:]+\] {re.escape(str(bad))}:2: not JSON \(.*\): each line holds one JSON object\n", done.stderr
+    )
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_no_gpu_is_one_line_with_the_remedy(tmp_path):
+    done = command("intern.train", f"hydra.run.dir={tmp_path}/run", check=False, CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(
+        "no CUDA GPU found, and trainer.use_cpu is false: experiment=tiny_cpu runs the whole pipeline on a CPU\n"
+    )
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path):
+    done = command("intern.train", *SHORT, "model=llama3_8b", f"hydra.run.dir={tmp_path}/run", check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert (
+        "model.pretrained_model_name_or_path=meta-llama/Meta-Llama-3-8B-Instruct: not in the local cache" in done.stderr
+    )
+
+
+def test_a_large_model_on_a_cpu_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "hidden_size": 4096, "vocab_size": 128256})
+    )
+    done = command(
+        "intern.train",
+        *SHORT,
+        f"model.pretrained_model_name_or_path={tmp_path}",
+        f"hydra.run.dir={tmp_path}/run",
+        check=False,
+    )
+    assert done.returncode == 2 and "needs a CUDA GPU; experiment=tiny_cpu runs here" in done.stderr
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
+    target = tmp_path / "run"
+    overrides = [*SHORT, "logger=none", "trainer.max_steps=40", "trainer.logging_steps=1", f"hydra.run.dir={target}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "intern.train", *overrides], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(Run(target).read_history()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    stopped = int(re.search(r"interrupted after step (\d+); the same command with hydra.run.dir=", stderr).group(1))
+    assert 3 <= stopped < 40 and not (target / "metrics.json").exists()
+    done = command("intern.train", *overrides)
+    assert f"going on from {target}/checkpoints/checkpoint-{stopped}" in done.stderr
+    run = Run(target)
+    assert run.read_json(run.metrics)["optimizer_steps"] == 40
+    assert [entry["step"] for entry in run.read_history()] == list(range(1, 41))
+
+
+def test_a_run_that_was_killed_after_its_last_step_is_finished_without_another_one(tmp_path):
+    first = train(tmp_path / "run")
+    before = weights(first)
+    first.metrics.unlink()
+    again = train(tmp_path / "run")
+    metrics = again.read_json(again.metrics)
+    assert metrics["optimizer_steps"] == 12
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(again).items())
+    assert [entry["step"] for entry in again.read_history()] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_rank_sweep_makes_a_run_for_each_job(tmp_path):
+    done = command(
+        "intern.train", "--multirun", *SHORT, "logger=none", "lora.r=4,8", f"hydra.sweep.dir={tmp_path}/sweep"
+    )
+    assert done.returncode == 0
+    ranks = [
+        json.loads((tmp_path / "sweep" / job / "adapter" / "adapter_config.json").read_text())["r"] for job in "01"
+    ]
+    assert ranks == [4, 8]
+    assert all("saved" in (tmp_path / "sweep" / job / "train.log").read_text() for job in "01")

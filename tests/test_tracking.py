@@ -1,0 +1,90 @@
+"""The offline W&B file of a run, read with W&B's own inspector."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SHORT, command
+from omegaconf import OmegaConf
+
+from intern.run import Run
+from intern.tracking import Tracker, tracking
+
+
+def wandb_file(run):
+    [file] = Path(run).glob("wandb/offline-run-*/*.wandb")
+    return file
+
+
+def inspect(run):
+    wandb = str(Path(sys.executable).with_name("wandb"))
+    line = [wandb, "leet", "inspect", "--summary", "--json", str(wandb_file(run))]
+    return json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.fixture(scope="module")
+def shown(trained_run):
+    return inspect(trained_run)
+
+
+def test_a_run_without_a_key_is_offline_and_finished(shown, trained_run):
+    run = Run(trained_run)
+    assert (shown["project"], shown["state"], shown["exit_code"]) == ("intern", "finished", 0)
+    assert shown["run_id"] == run.read_json(run.environment)["run_id"]
+
+
+def test_it_has_configuration_and_figures(shown, trained_run):
+    run = Run(trained_run)
+    assert shown["config"]["lora"]["r"] == 16
+    assert set(shown["config"]) == {"seed", "model", "quant", "lora", "trainer", "data", "logger"}
+    metrics = run.read_json(run.metrics)
+    for name in ("optimizer_steps", "eval_loss", "tokens_per_second", "trainable_parameters"):
+        assert shown["summary"][name] == pytest.approx(metrics[name]), name
+    assert shown["summary"]["loss"] == pytest.approx(run.read_history()[-1]["loss"])
+
+
+def test_it_has_sample_answers_as_a_table(shown, trained_run):
+    assert (shown["summary"]["answers"]["ncols"], shown["summary"]["answers"]["nrows"]) == (3, 2)
+    [table] = Path(trained_run).glob("wandb/offline-run-*/files/media/table/*.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["question", "reference", "answer"]
+    assert all(text for row in content["data"] for text in row[:2])
+
+
+def test_it_has_the_adapter_as_an_artifact(shown, trained_run):
+    content = wandb_file(trained_run).read_bytes()
+    assert f"adapter-{shown['run_id']}".encode() in content and b"adapter_model.safetensors" in content
+
+
+def test_the_jobs_of_a_sweep_are_runs_of_one_group(tmp_path):
+    overrides = [*SHORT, "trainer.max_steps=2", "trainer.min_steps=2", "logger.sample_answers=0", "data.eval_file=null"]
+    command("intern.train", "--multirun", *overrides, "lora.r=2,4", f"hydra.sweep.dir={tmp_path}/ranks-42")
+    jobs = [inspect(tmp_path / "ranks-42" / job) for job in "01"]
+    assert jobs[0]["run_id"] != jobs[1]["run_id"]
+    assert [job["config"]["lora"]["r"] for job in jobs] == [2, 4]
+    for job in "01":
+        content = wandb_file(tmp_path / "ranks-42" / job).read_bytes()
+        assert content.count(b"ranks-42") > content.count(
+            f"ranks-42/{job}".encode()
+        )  # the group, beside run name and folder
+
+
+def test_a_crash_is_marked_as_one(tmp_path):
+    run = Run(tmp_path)
+    values = {"project": "intern", "log_adapter": False, "sample_answers": 0}
+    with pytest.raises(ZeroDivisionError), tracking(values, OmegaConf.create({}), run, "abc123", None) as tracker:
+        tracker.log({"step": 1, "loss": 2.0})
+        raise ZeroDivisionError
+    shown = inspect(tmp_path)
+    assert shown["exit_code"] == 1 and shown["state"] != "finished"
+    assert shown["summary"]["loss"] == 2.0
+
+
+def test_without_a_logger_nothing_is_tracked(tmp_path):
+    with tracking({}, OmegaConf.create({}), Run(tmp_path), "abc123", None) as tracker:
+        assert isinstance(tracker, Tracker) and tracker.sample_answers == 0
+        tracker.log({"step": 1})
+        tracker.report(Run(tmp_path), {}, [])
+    assert list(tmp_path.iterdir()) == []

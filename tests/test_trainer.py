@@ -1,0 +1,88 @@
+"""The trainer: steps that really happened, float32 adapters, interruption."""
+
+import os
+import signal
+import types
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState
+
+from intern.errors import RunError
+from intern.trainer import Interruption, OptimizerSteps
+
+
+class Loop:
+    """The library's loop as far as callbacks see it: fp16 skips the steps of which `skips` says so."""
+
+    def __init__(self, steps: OptimizerSteps, max_steps: int, skips) -> None:
+        self.steps, self.skips = steps, skips
+        self.state = TrainerState(max_steps=max_steps, stateful_callbacks=[])
+        self.control = TrainerControl()
+
+    def run(self) -> None:
+        self.steps.on_train_begin(None, self.state, self.control)
+        while not self.control.should_training_stop:
+            self.state.global_step += 1
+            self.control.should_training_stop = self.state.global_step >= self.state.max_steps  # DefaultFlowCallback
+            optimizer = types.SimpleNamespace(step_was_skipped=self.skips(self.state.global_step))
+            self.steps.on_step_end(None, self.state, self.control, optimizer=optimizer)
+
+
+def test_skipped_steps_do_not_count_and_are_made_up_for():
+    steps = OptimizerSteps(min_steps=10, max_skipped_steps=5)
+    loop = Loop(steps, 10, skips=lambda step: step in (1, 2, 10, 12))
+    loop.run()
+    assert (steps.taken, steps.skipped, loop.state.global_step) == (10, 4, 14)
+
+
+def test_skipped_steps_in_a_row_end_the_run_with_advice():
+    steps = OptimizerSteps(min_steps=10, max_skipped_steps=5)
+    with pytest.raises(RunError, match=r"skipped 5 optimizer steps in a row \(step 8\).*trainer=ampere"):
+        Loop(steps, 10, skips=lambda step: step > 3).run()
+    assert steps.taken == 3
+
+
+def test_counts_go_on_after_a_resume():
+    first = OptimizerSteps(min_steps=10, max_skipped_steps=5)
+    Loop(first, 6, skips=lambda step: step in (1, 2)).run()
+    second = OptimizerSteps(min_steps=10, max_skipped_steps=5)
+    loop = Loop(second, 10, skips=lambda step: False)
+    loop.state.stateful_callbacks = {"OptimizerSteps": first.state()}
+    loop.state.global_step = 8
+    loop.run()
+    assert (second.taken, second.skipped, loop.state.global_step) == (10, 2, 12)
+
+
+def test_early_stopping_waits_for_the_least_number_of_steps():
+    steps = OptimizerSteps(min_steps=10, max_skipped_steps=5)
+    for taken, stops in ((9, False), (10, True)):
+        steps.taken = taken
+        control = TrainerControl(should_training_stop=True)
+        steps.on_evaluate(None, TrainerState(), control)
+        assert control.should_training_stop is stops
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_after_the_step_and_a_second_one_stops_at_once(number):
+    interruption, control = Interruption(), TrainerControl()
+    before = signal.getsignal(number)
+    interruption.on_train_begin(None, TrainerState(), control)
+    interruption.on_step_end(None, TrainerState(), control)
+    assert not control.should_training_stop
+    os.kill(os.getpid(), number)
+    interruption.on_step_end(None, TrainerState(), control)
+    assert (control.should_save, control.should_training_stop, interruption.signal) == (True, True, number)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: fp16 loss scaling runs nowhere else")
+def test_fp16_training_keeps_its_adapters_in_float32_and_counts_its_steps(tmp_path):
+    from test_finetune import train
+
+    run = train(tmp_path / "run", "trainer.use_cpu=false", "trainer.fp16=true", "quant.bnb_4bit_compute_dtype=float16")
+    assert run.read_json(run.metrics)["optimizer_steps"] == 12
+    assert run.read_history()[-1]["loss_scale"] > 1
