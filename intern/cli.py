@@ -35,6 +35,8 @@ def command(
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        said: list[Exception] = []  # errors of a sweep's jobs, each in its job's log already
+
         @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
         @functools.wraps(task)
         def job(cfg: DictConfig) -> Any:
@@ -47,6 +49,7 @@ def command(
                 else:
                     log.exception("%s", type(error).__name__)
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    said.append(error)
                     raise
                 sys.exit(2 if isinstance(error, UserError) else 1)
 
@@ -63,7 +66,9 @@ def command(
                 sys.exit(2)
             except KeyboardInterrupt:
                 sys.exit(130)
-            except Exception as error:  # a job of a sweep that has said why
+            except Exception as error:
+                if error not in said:
+                    raise
                 sys.exit(2 if isinstance(error, UserError) else 1)
 
         return main

@@ -44,9 +44,13 @@ def describe(files: list[DataFile]) -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, float]:
-    """The most memory held at once so far, in GiB: of the process on the host, and of its tensors on the GPU where there is one."""
+    """The most memory held at once so far, in GiB.
+
+    On the host it is the resident set, with the pages of the model's mapped files: the system takes those back when it needs them.
+    On a GPU it is what tensors held, and what was reserved for them.
+    """
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak = {"peak_host_gib": round(host / _GIB, 2)}
+    peak = {"peak_host_rss_gib": round(host / _GIB, 2)}
     if torch.cuda.is_available():
         peak["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / _GIB, 2)
         peak["peak_gpu_reserved_gib"] = round(torch.cuda.max_memory_reserved() / _GIB, 2)

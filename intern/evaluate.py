@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     from intern.errors import UserError
     from intern.table import show
 
-    intern = Intern(run, cfg.generation, cfg.model)
+    intern = Intern(run, cfg.generation, cfg.base_model)
     path, key = (
         (cfg.eval_file, "eval_file") if cfg.eval_file else (intern.cfg.data.eval_file, "data.eval_file of the run")
     )

@@ -255,7 +255,7 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
         interruption.restore()
     if interruption.signal is not None:
         log.warning(
-            "interrupted after step %d; the same command with hydra.run.dir=%s goes on from there",
+            "interrupted after step %d: the same overrides with hydra.run.dir=%s go on from there",
             trainer.state.global_step,
             run.path,
         )

@@ -14,6 +14,8 @@ def route_messages() -> None:
     transformers.utils.logging.enable_propagation()
     for module in ("transformers", "trl", "peft"):  # deprecations between these libraries
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    warnings.filterwarnings("ignore", message=".*use_liger_kernel.*", category=FutureWarning)
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # which of its backends for other hardware are not here
     # Said at every batch of the last step of a resumed run; nothing is gathered that had a remainder to drop.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     if not sys.stderr.isatty():

@@ -1,6 +1,7 @@
 """The prompt contract: a question -> token ids and loss mask, the same for training, evaluation and answering."""
 
 import hashlib
+import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from intern.errors import UserError
 
 Context = Literal["never", "always", "mixed"]
+log = logging.getLogger(__name__)
+
 IGNORED = -100  # the label of a token without loss (torch.nn.CrossEntropyLoss's ignore_index)
 _SYSTEM, _USER, _ANSWER = (
     "\ue000system\ue000",
@@ -109,11 +112,11 @@ class Prompt:
         return self.context != "never"
 
     def check_question(self, question: str, material: str | None) -> None:
-        """Raises UserError where a question would look unlike anything that was trained."""
+        """Raises UserError for an empty question or material that no training row had; warns where material is missing."""
         if not question.strip():
             raise UserError("question is empty: give question='...'")
         if self.context == "always" and not material:
-            raise UserError("this run was trained with data.context=always: give its material with context='...'")
+            log.warning("this run was trained with material before every question: give it with context='...'")
         if self.context == "never" and material:
             raise UserError("this run was trained with data.context=never: ask without context=")
 

@@ -15,7 +15,7 @@ def main(cfg: DictConfig) -> None:
     run = resolve(cfg.run_dir)
     from intern.answer import Intern  # heavy: keeps --help and a wrong run_dir fast
 
-    intern = Intern(run, cfg.generation, cfg.model)
+    intern = Intern(run, cfg.generation, cfg.base_model)
     if cfg.question is not None:
         sys.stdout.write(intern.answer(str(cfg.question), cfg.context) + "\n")
         return

@@ -39,7 +39,6 @@ def test_every_command_has_a_primary_config_of_its_name(name):
         ),
         ("loraa=qkvo", "loraa: unknown key 'loraa', did you mean 'lora'?"),
         ("lora=qkv", "qkvo"),
-        ("=3", ""),
         ("experiment=nothing", "tiny_cpu"),
     ],
 )

@@ -34,6 +34,10 @@ def composed(*overrides: str, name: str = "train"):
         return compose(name, overrides=list(overrides))
 
 
+def training_args(cfg, path, evaluates=True):
+    return build_training_args(cfg.trainer, Run(path), Precision("cpu", torch.float32, False, False), 7, evaluates)
+
+
 def test_the_groups_have_the_promised_options():
     assert GROUPS["model"] == ["llama32_1b", "llama3_8b", "llama3_8b_nf4", "tiny"]
     assert GROUPS["quant"] == ["nf4_bf16", "nf4_fp16", "none"]
@@ -72,11 +76,9 @@ def test_every_lora_builds(name):
 
 @pytest.mark.parametrize("name", GROUPS["trainer"])
 def test_every_trainer_builds(name, tmp_path):
-    node = composed(f"trainer={name}", "trainer.max_steps=123").trainer
-    assert build_rules(node).min_steps == 100
-    args = build_training_args(
-        node, Run(tmp_path), Precision("cpu", torch.float32, False, False), seed=7, evaluates=True
-    )
+    cfg = composed(f"trainer={name}", "trainer.max_steps=123")
+    assert build_rules(cfg.trainer).min_steps == 100
+    args = training_args(cfg, tmp_path)
     assert isinstance(args, SFTConfig)
     assert (args.max_steps, args.seed, args.output_dir) == (123, 7, str(tmp_path / "checkpoints"))
 
@@ -143,11 +145,11 @@ def test_every_model_group_names_a_model_and_only_known_keys(name):
         (lambda c, p: check_logger(c.logger), "logger.mode=sometimes", "logger.mode=sometimes"),
         (lambda c, p: check_logger(c.logger), "+logger.projct=x", "did you mean logger.project"),
         (lambda c, p: check_logger(c.logger), "logger.sample_answers=some", "logger.sample_answers=some"),
-        (lambda c, p: build_training_args(c.trainer, Run(p), Precision("cpu", torch.float32, False, False), 1, True), "trainer.learning_rate=fast", "trainer.learning_rate='fast'"),
-        (lambda c, p: build_training_args(c.trainer, Run(p), Precision("cpu", torch.float32, False, False), 1, True), "+trainer.lr=1", "trainer.lr: unknown key"),
-        (lambda c, p: build_training_args(c.trainer, Run(p), Precision("cpu", torch.float32, False, False), 1, True), "+trainer.output_dir=x", "hydra.run.dir"),
-        (lambda c, p: build_training_args(c.trainer, Run(p), Precision("cpu", torch.float32, False, False), 1, False), "trainer.eval_strategy=steps", "data.eval_file"),
-        (lambda c, p: build_training_args(c.trainer, Run(p), Precision("cpu", torch.float32, False, False), 1, True), "trainer.optim=sgdd", "trainer"),
+        (training_args, "trainer.learning_rate=fast", "trainer.learning_rate='fast'"),
+        (training_args, "+trainer.lr=1", "trainer.lr: unknown key"),
+        (training_args, "+trainer.output_dir=x", "hydra.run.dir"),
+        (lambda c, p: training_args(c, p, evaluates=False), "trainer.eval_strategy=steps", "data.eval_file"),
+        (training_args, "trainer.optim=sgdd", "trainer"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_group_and_key(maker, override, message, tmp_path):

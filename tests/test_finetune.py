@@ -30,6 +30,9 @@ def train(path, *overrides):
     return run
 
 
+LAYERS = json.loads((ROOT / "data" / "tiny_llama3" / "config.json").read_text())["num_hidden_layers"]
+
+
 def weights(run):
     return load_file(run.adapter / "adapter_model.safetensors")
 
@@ -58,7 +61,7 @@ def test_a_run_directory_has_everything_it_promises(run):
     assert metrics["schema_version"] == 1
     assert (metrics["optimizer_steps"], metrics["skipped_steps"], metrics["train_rows"]) == (12, 0, 400)
     assert metrics["eval_rows"] == 100 and 1 < metrics["eval_loss"] < 20
-    assert metrics["peak_host_gib"] > 0.1 and metrics["tokens_per_second"] > 10
+    assert metrics["peak_host_rss_gib"] > 0.1 and metrics["tokens_per_second"] > 10
     environment = json.loads(run.environment.read_text())
     assert environment["packages"]["trl"] and set(environment["data"]) == {
         str(ROOT / "data" / name) for name in ("train.jsonl", "golden_test_set.jsonl")
@@ -74,11 +77,11 @@ def test_the_log_has_a_line_for_every_logged_step(run):
     assert all(entry["tokens_per_second"] > 0 and entry["grad_norm"] > 0 for entry in history)
 
 
-def test_it_is_qlora_every_adapter_weight_moves_and_no_other(run):
-    trained = weights(run)
-    assert len(trained) == 4 * 7 * 2  # layers x linear layers x (A, B)
+def test_every_adapter_weight_moves(run, tmp_path):
+    trained, untouched = weights(run), weights(train(tmp_path / "still", "trainer.learning_rate=0"))
+    assert len(trained) == LAYERS * 7 * 2  # layers x linear layers x (A, B)
     assert all(tensor.dtype == torch.float32 for tensor in trained.values())
-    assert all(tensor.abs().max() > 0 for name, tensor in trained.items() if "lora_B" in name)  # B starts at zero
+    assert [name for name in trained if torch.equal(trained[name], untouched[name])] == []
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(ROOT / "data" / "tiny_llama3")
 
@@ -112,43 +115,60 @@ def test_min_steps_outlasts_a_short_epoch_plan(tmp_path, rows_file):
     assert "eval_loss" not in metrics and run.score() == metrics["train_loss"]
 
 
-def test_the_best_checkpoint_is_the_adapter_where_that_is_asked_for_and_training_stops_early(tmp_path):
-    # A rate that is far too high makes the golden loss worse with every step.
+SCORED = (
+    "trainer.eval_strategy=steps",
+    "trainer.eval_steps=2",
+    "trainer.save_steps=2",
+    "trainer.load_best_model_at_end=true",
+)
+
+
+def test_the_best_checkpoint_is_the_adapter_where_that_is_asked_for(tmp_path):
+    # A rate that is far too high: the golden loss gets worse.
     run = train(
         tmp_path / "run",
-        "trainer.learning_rate=0.5",
+        *SCORED,
+        "trainer.learning_rate=0.3",
         "trainer.lr_scheduler_type=constant",
-        "trainer.eval_strategy=steps",
-        "trainer.eval_steps=2",
-        "trainer.save_steps=2",
-        "trainer.load_best_model_at_end=true",
-        "trainer.early_stopping_patience=1",
-        "trainer.min_steps=6",
         "trainer.warmup_steps=0",
     )
     metrics = run.read_json(run.metrics)
     losses = {entry["step"]: entry["eval_loss"] for entry in run.read_history() if "eval_loss" in entry}
-    assert metrics["best_step"] == min(losses, key=losses.get)
-    assert 6 <= metrics["optimizer_steps"] < 12
-    assert math.isclose(metrics["eval_loss"], min(losses.values()), rel_tol=0.05)
+    best = min(losses, key=losses.get)
+    assert metrics["best_step"] == best != 12
+    assert math.isclose(metrics["eval_loss"], losses[best], rel_tol=0.05)
+    assert not math.isclose(losses[best], losses[12], rel_tol=0.1)
+
+
+def test_training_stops_early_but_not_before_the_least_number_of_steps(tmp_path):
+    # A rate of zero: no evaluation is ever better than the first.
+    run = train(
+        tmp_path / "run", *SCORED, "trainer.learning_rate=0", "trainer.early_stopping_patience=1", "trainer.min_steps=6"
+    )
+    metrics = run.read_json(run.metrics)
+    assert (metrics["optimizer_steps"], metrics["best_step"]) == (6, 2)
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "shows"),
     [
-        ["trainer.packing=false", "trainer.per_device_train_batch_size=8"],
-        ["data.context=mixed"],
-        ["quant=none"],
-        ["lora=dora"],
-        ["trainer.activation_checkpointing=true"],
+        (["trainer.packing=false"], lambda run: run.read_json(run.metrics)["train_tokens"] < 12 * 400),  # a row a step
+        (["data.context=mixed"], lambda run: run.read_json(run.prompt)["context"] == "mixed"),
+        (["quant=none"], lambda run: run.read_config().quant == {}),
+        (["lora=dora"], lambda run: any("magnitude" in name for name in weights(run))),
+        (
+            ["trainer.activation_checkpointing=true"],
+            lambda run: run.read_config().trainer.activation_checkpointing is True,
+        ),
     ],
-    ids=lambda names: names[0],
+    ids=["unpacked", "mixed", "unquantized", "dora", "checkpointed"],
 )
-def test_the_other_ways_to_train_work(tmp_path, overrides):
+def test_the_other_ways_to_train_work(tmp_path, overrides, shows):
     run = train(tmp_path / "run", *overrides)
     history = run.read_history()
     assert run.read_json(run.metrics)["optimizer_steps"] == 12
     assert history[-1]["loss"] < history[0]["loss"]
+    assert shows(run)
 
 
 def test_a_finished_run_is_not_overwritten(run):
@@ -211,13 +231,35 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
-    stopped = int(re.search(r"interrupted after step (\d+); the same command with hydra.run.dir=", stderr).group(1))
+    stopped = int(re.search(r"interrupted after step (\d+): the same overrides with hydra.run.dir=", stderr).group(1))
     assert 3 <= stopped < 40 and not (target / "metrics.json").exists()
     done = command("intern.train", *overrides)
     assert f"going on from {target}/checkpoints/checkpoint-{stopped}" in done.stderr
     run = Run(target)
     assert run.read_json(run.metrics)["optimizer_steps"] == 40
     assert [entry["step"] for entry in run.read_history()] == list(range(1, 41))
+
+
+def test_a_run_directory_goes_on_only_with_the_same_configuration_and_data(tmp_path, rows_file):
+    data = rows_file(*({"question": f"How much {number}?", "answer": "18%."} for number in range(8)))
+    same = [f"data.train_file={data}", "data.eval_file=null"]
+    run = train(tmp_path / "run", *same)
+    run.metrics.unlink()
+    before = run.config.read_bytes()
+    with pytest.raises(UserError, match="lora.r is not what .* was begun with"):
+        train(run.path, *same, "lora.r=4")
+    data.write_text(data.read_text() + '{"question": "One more?", "answer": "Yes."}\n')
+    with pytest.raises(UserError, match="rows.jsonl has changed since"):
+        train(run.path, *same)
+    assert run.config.read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    from intern.errors import RunError
+
+    with pytest.raises(RunError, match="the loss is (nan|inf) at step"):
+        train(tmp_path / "run", "trainer.learning_rate=1e30", "trainer.max_grad_norm=0", "trainer.warmup_steps=0")
+    assert not (tmp_path / "run" / "metrics.json").exists()
 
 
 def test_a_run_that_was_killed_after_its_last_step_is_finished_without_another_one(tmp_path):
@@ -240,4 +282,20 @@ def test_a_rank_sweep_makes_a_run_for_each_job(tmp_path):
         json.loads((tmp_path / "sweep" / job / "adapter" / "adapter_config.json").read_text())["r"] for job in "01"
     ]
     assert ranks == [4, 8]
+    assert done.stdout == "" or "Launching 2 jobs" in done.stdout
     assert all("saved" in (tmp_path / "sweep" / job / "train.log").read_text() for job in "01")
+
+
+def test_a_failed_job_says_why_once_and_in_its_own_log(tmp_path):
+    done = command(
+        "intern.train",
+        "--multirun",
+        *SHORT,
+        "logger=none",
+        "lora.r=0,4",
+        f"hydra.sweep.dir={tmp_path}/sweep",
+        check=False,
+    )
+    reason = "lora.r=0: must be at least 1, or nothing is trained"
+    assert done.returncode == 2 and done.stderr.count(reason) == 1
+    assert reason in (tmp_path / "sweep" / "0" / "train.log").read_text()

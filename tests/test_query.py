@@ -1,6 +1,5 @@
 """A finished run answers: from the command line, from Python, from anywhere."""
 
-import json
 import subprocess
 import sys
 
@@ -25,7 +24,7 @@ def intern(trained_run):
 
 def test_the_command_prints_the_answer_alone(trained_run, tmp_path):
     done = command(
-        "intern.query", f"run_dir={trained_run}", f"question={QUESTION!r}", "generation.max_new_tokens=24", cwd=tmp_path
+        "intern.query", f"run_dir={trained_run}", f"question={QUESTION}", "generation.max_new_tokens=24", cwd=tmp_path
     )
     assert done.stderr == ""
     assert done.stdout.endswith("\n") and done.stdout.count("\n") == 1
@@ -34,10 +33,8 @@ def test_the_command_prints_the_answer_alone(trained_run, tmp_path):
 
 
 def test_a_question_with_hydras_own_signs_arrives_as_it_was_asked(trained_run):
-    question = 'What of "Uber One", e.g. {members=30M, fee: $9.99}?'
-    done = command(
-        "intern.query", f"run_dir={trained_run}", "question=" + json.dumps(question), "generation.max_new_tokens=8"
-    )
+    question = r"""What's up with "Uber One", e.g. {members=30M, fee: $9.99}, [a,b] and ${oc.env:HOME} \ or \" so?"""
+    done = command("intern.query", f"run_dir={trained_run}", f"question={question}", "generation.max_new_tokens=8")
     assert done.stdout.strip() == Intern(Run(trained_run), {"max_new_tokens": 8, "do_sample": False}).answer(question)
 
 
@@ -104,6 +101,11 @@ def test_streamed_pieces_are_the_answer(intern):
     assert "".join(intern.stream(QUESTION)).strip() == intern.answer(QUESTION)
 
 
+def test_a_failure_in_the_middle_of_a_stream_reaches_the_one_who_waits(intern):
+    with pytest.raises(UserError, match="question is too long for the model"):
+        list(intern.stream("word " * 2000))
+
+
 def test_a_chat_answers_line_by_line(trained_run):
     line = [sys.executable, "-m", "intern.query", f"run_dir={trained_run}", "generation.max_new_tokens=24"]
     done = subprocess.run(
@@ -123,7 +125,7 @@ def test_a_chat_answers_line_by_line(trained_run):
         (["run_dir={run}", "question=x", "+generation.max_tokens=1"], "generation.max_tokens: unknown key"),
         (["run_dir={run}", "question=x", "generation.max_new_tokens=-3"], "max_new_tokens"),
         (
-            ["run_dir={run}", "question=x", "model=/nowhere/at/all"],
+            ["run_dir={run}", "question=x", "base_model=/nowhere/at/all"],
             "model.pretrained_model_name_or_path=/nowhere/at/all: no such folder",
         ),
     ],
@@ -136,13 +138,12 @@ def test_a_mistake_is_one_line_on_standard_error_and_exit_code_2(trained_run, ar
     assert message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_run_with_material_is_asked_with_material(tmp_path):
+def test_a_run_with_material_answers_from_it(tmp_path):
     target = tmp_path / "run"
     command("intern.train", *SHORT, "logger=none", "data.context=always", f"hydra.run.dir={target}")
     intern = Intern(Run(target), GREEDY)
-    with pytest.raises(UserError, match="give its material"):
-        intern.answer(QUESTION)
-    assert isinstance(intern.answer(QUESTION, "Gross bookings grew 18% as reported."), str)
+    one, other = "Gross bookings grew 18% as reported.", "Robots brought meals to 31 students in Tokyo. " * 5
+    assert intern.answer(QUESTION, one) != intern.answer(QUESTION, other)
 
 
 def test_a_damaged_adapter_is_named(trained_run, tmp_path):

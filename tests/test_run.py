@@ -87,6 +87,24 @@ def test_history_leaves_out_a_line_that_a_crash_cut_short_and_forgets_what_comes
     assert [entry["step"] for entry in run.read_history()] == [2, 4]
 
 
+def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
+    run = Run(tmp_path)
+    assert run.last_checkpoint() is None
+    for step, state in ((50, "{}"), (100, "{}"), (150, '{"global'), (200, None)):
+        folder = run.checkpoints / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert run.last_checkpoint() == run.checkpoints / "checkpoint-100"
+
+
+def test_a_score_that_is_no_number_is_never_the_best(tmp_path):
+    finished(tmp_path / "outputs/a", 2.0)
+    broken = finished(tmp_path / "outputs/0", 1.0)
+    (broken / "metrics.json").write_text('{"eval_loss": null}')
+    assert resolve("best", tmp_path).path == tmp_path / "outputs/a"
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "- 1\n- 2", "a: b: c"])
 def test_a_broken_configuration_is_named(tmp_path, content):
     run = Run(tmp_path)

@@ -58,17 +58,20 @@ def test_it_has_the_adapter_as_an_artifact(shown, trained_run):
     assert f"adapter-{shown['run_id']}".encode() in content and b"adapter_model.safetensors" in content
 
 
-def test_the_jobs_of_a_sweep_are_runs_of_one_group(tmp_path):
+@pytest.mark.parametrize("sweep", ["ranks-42", None])
+def test_the_runs_of_a_sweep_have_its_name_as_their_group(tmp_path, sweep):
+    values = {"project": "intern", "log_adapter": False, "sample_answers": 0}
+    with tracking(values, OmegaConf.create({}), Run(tmp_path), "abc123", sweep):
+        pass
+    assert (b"ranks-42" in wandb_file(tmp_path).read_bytes()) is (sweep is not None)
+
+
+def test_each_job_of_a_sweep_is_a_run_of_its_own(tmp_path):
     overrides = [*SHORT, "trainer.max_steps=2", "trainer.min_steps=2", "logger.sample_answers=0", "data.eval_file=null"]
-    command("intern.train", "--multirun", *overrides, "lora.r=2,4", f"hydra.sweep.dir={tmp_path}/ranks-42")
-    jobs = [inspect(tmp_path / "ranks-42" / job) for job in "01"]
+    command("intern.train", "--multirun", *overrides, "lora.r=2,4", f"hydra.sweep.dir={tmp_path}/sweep")
+    jobs = [inspect(tmp_path / "sweep" / job) for job in "01"]
     assert jobs[0]["run_id"] != jobs[1]["run_id"]
-    assert [job["config"]["lora"]["r"] for job in jobs] == [2, 4]
-    for job in "01":
-        content = wandb_file(tmp_path / "ranks-42" / job).read_bytes()
-        assert content.count(b"ranks-42") > content.count(
-            f"ranks-42/{job}".encode()
-        )  # the group, beside run name and folder
+    assert [(job["config"]["lora"]["r"], job["state"]) for job in jobs] == [(2, "finished"), (4, "finished")]
 
 
 def test_a_crash_is_marked_as_one(tmp_path):

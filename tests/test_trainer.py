@@ -37,7 +37,7 @@ def test_skipped_steps_do_not_count_and_are_made_up_for():
 
 
 def test_skipped_steps_in_a_row_end_the_run_with_advice():
-    steps = OptimizerSteps(min_steps=10, max_skipped_steps=5)
+    steps = OptimizerSteps(min_steps=10, max_skipped_steps=4)
     with pytest.raises(RunError, match=r"skipped 5 optimizer steps in a row \(step 8\).*trainer=ampere"):
         Loop(steps, 10, skips=lambda step: step > 3).run()
     assert steps.taken == 3
@@ -76,6 +76,15 @@ def test_a_signal_saves_and_stops_after_the_step_and_a_second_one_stops_at_once(
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_is_not_outwaited_by_the_least_number_of_steps():
+    steps, interruption = OptimizerSteps(min_steps=10, max_skipped_steps=5), Interruption()
+    control = TrainerControl(should_training_stop=True)
+    interruption.signal = signal.SIGTERM
+    for callback in (steps, interruption):  # the order in which the trainer has them
+        callback.on_evaluate(None, TrainerState(), control)
+    assert control.should_training_stop
 
 
 @pytest.mark.gpu
