@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from intern.errors import UserError
@@ -53,7 +54,7 @@ class Intern:
             self.generation = build_generation(generation, self.prompt, self.tokenizer)
             base_model = base.load(quant, self.precision)
             self.model = PeftModel.from_pretrained(base_model, str(run.adapter)).eval()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{run.adapter}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error

@@ -7,10 +7,11 @@ from intern.config import build, plain
 
 
 def build_quant(node: DictConfig | None) -> BitsAndBytesConfig | None:
-    """The quantization of the base model; None for quant=none.
+    """The quantization of the base model; None for quant=none, where an experiment may still have set a dtype for it.
 
     Raises:
         UserError: an unknown key or a value that bitsandbytes does not take.
     """
     values = plain(node)
-    return build(BitsAndBytesConfig, values, "quant") if values else None
+    quant = build(BitsAndBytesConfig, values, "quant")
+    return quant if quant.load_in_4bit or quant.load_in_8bit else None

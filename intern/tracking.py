@@ -29,7 +29,7 @@ class Tracker:
     def log(self, entry: dict[str, Any]) -> None:
         """One log step of training: the same figures as the line in history.jsonl."""
         if self._run is not None:
-            self._run.log(entry, step=entry["step"])
+            self._run.log(entry)
 
     def report(self, run: Run, metrics: dict[str, Any], samples: list[dict[str, str]]) -> None:
         """The final figures, the sample answers as a table, the adapter as an artifact."""
@@ -37,7 +37,6 @@ class Tracker:
             return
         import wandb
 
-        self._run.summary.update(metrics)
         if samples:
             columns: list[str | int] = list(samples[0])
             self._run.log({"answers": wandb.Table(columns=columns, data=[list(sample.values()) for sample in samples])})
@@ -46,6 +45,7 @@ class Tracker:
             for file in sorted(run.adapter.iterdir()):
                 artifact.add_file(str(file))
             self._run.log_artifact(artifact)
+        self._run.summary.update(metrics)
 
 
 def check_logger(node: DictConfig | None) -> dict[str, Any]:
@@ -105,6 +105,7 @@ def tracking(values: dict[str, Any], cfg: DictConfig, run: Run, run_id: str, swe
         log.info("W&B: %s", wandb_run.url)
     else:
         log.info("W&B: %s, in %s", wandb_run.settings.mode, run.path / "wandb")
+    wandb_run.define_metric("*", step_metric="step")
     exit_code = 1
     try:
         yield Tracker(wandb_run, **own)

@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # No test asks a network for anything; a W&B key of the person who runs the tests must not be used either.
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+# Two workers on two cores: more threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def command(

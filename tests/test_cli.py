@@ -52,4 +52,4 @@ def test_a_mistake_in_an_override_is_one_line(override, line):
 
 def test_hydras_full_error_shows_the_traceback():
     done = command("intern.query", "run_dir=nowhere", check=False, HYDRA_FULL_ERROR="1")
-    assert "Traceback" in done.stderr and "no such folder" in done.stderr and done.returncode == 1
+    assert "Traceback" in done.stderr and "no such folder" in done.stderr and done.returncode == 2
