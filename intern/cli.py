@@ -42,7 +42,7 @@ def command(
         def job(cfg: DictConfig) -> Any:
             try:
                 return task(cfg)
-            except Exception as error:
+            except Exception as error:  # whatever it is, its traceback belongs into the job's log: nothing is swallowed
                 # Said here, where the job's own log file is open; a sweep goes on to mark the job as failed.
                 if isinstance(error, UserError | RunError) and not wants_traceback:
                     log.error("%s", error)
@@ -66,7 +66,7 @@ def command(
                 sys.exit(2)
             except KeyboardInterrupt:
                 sys.exit(130)
-            except Exception as error:
+            except Exception as error:  # a sweep's job may fail with anything; what no job has said goes on as it is
                 if error not in said:
                     raise
                 sys.exit(2 if isinstance(error, UserError) else 1)

@@ -221,7 +221,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     )
     deadline = time.monotonic() + 120
     while len(Run(target).read_history()) < 3 and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.1)  # between looks at another process's file; the deadline above bounds the wait
     os.kill(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
