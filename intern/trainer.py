@@ -23,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from intern.config import build, plain
 from intern.errors import RunError, UserError
+from intern.linear import fuse_adapters
 from intern.precision import Precision
 from intern.run import Run
 
@@ -301,6 +302,7 @@ class InternTrainer(SFTTrainer):
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
+        fuse_adapters(self.model)
 
     def forget_metrics(self) -> None:
         """Takes back what a step outside of training has left in the figures of the next log entry."""

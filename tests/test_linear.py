@@ -1,0 +1,82 @@
+"""The fused product of 4-bit weight and adapter, against PEFT's own."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from intern.linear import fuse_adapters
+
+
+class Pair(torch.nn.Module):
+    is_loaded_in_4bit = True  # how PEFT knows
+    def __init__(self, compute: torch.dtype) -> None:
+        super().__init__()
+        self.first = bnb.nn.Linear4bit(128, 192, bias=False, compute_dtype=compute, quant_type="nf4")
+        self.second = bnb.nn.Linear4bit(192, 64, bias=False, compute_dtype=compute, quant_type="nf4")
+        for layer in (self.first, self.second):
+            layer.support_avx512bf16_for_cpu = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.nn.functional.silu(self.first(x)))
+
+
+def adapted(compute=torch.float32, **lora):
+    torch.manual_seed(0)
+    model = get_peft_model(Pair(compute).to("cpu"), LoraConfig(target_modules=["first", "second"], r=8, **lora))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first: nothing would depend on A
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def passed(model, x):
+    """Output, and gradients of the input and every adapter."""
+    x = x.clone().requires_grad_()
+    out = model(x)
+    (out.float() * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
+    return [out, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize(("compute", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_output_and_gradients_are_those_of_peft(compute, close):
+    x = torch.randn(2, 7, 128, generator=torch.Generator().manual_seed(1))
+    model = adapted(compute, lora_alpha=24)
+    theirs = passed(model, x)
+    model.zero_grad()
+    assert fuse_adapters(model) == 2
+    ours = passed(model, x)
+    assert len(ours) == 2 + 4
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == other.dtype
+        assert torch.allclose(mine, other, rtol=close, atol=close * other.abs().max().item())
+
+
+def test_only_the_input_and_the_small_product_are_kept_for_the_backward_pass():
+    def kept(model):
+        sizes = []
+        x = torch.randn(4, 16, 128).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            model.base_model.model.first(x)
+        return sorted(size for size in sizes if size >= 4 * 16 * 8)
+
+    model = adapted()
+    fuse_adapters(model)
+    weights = [8 * 128, 192 * 8, 128 * 192 // 2]
+    assert kept(model) == sorted([4 * 16 * 8, 4 * 16 * 128, *weights])
+
+
+@pytest.mark.parametrize("lora", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
+def test_an_adapter_that_does_more_keeps_pefts_own_way(lora):
+    assert fuse_adapters(adapted(**lora)) == 0
+
+
+def test_an_adapter_that_is_switched_off_is_off():
+    x = torch.randn(3, 128)
+    model = adapted()
+    fuse_adapters(model)
+    with model.disable_adapter():
+        base = model(x)
+    assert torch.allclose(base, model.get_base_model()(x)) is False
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(base, model(x))
