@@ -4,7 +4,8 @@ Training speed and memory of this project beside the plain TRL recipe and, where
 LoRA shape and memory cap, each system in a process of its own. Prints one table; --json keeps every figure and the losses of all steps.
 
 A setting is SYSTEM and flags, such as ours:pack:auto:liger, trl:batch=8:ckpt or unsloth:pack. Systems: ours, trl, unsloth. Flags:
-batch=N, pack, ckpt (every layer checkpointed), auto (ours: as many layers as the memory demands), liger (ours: Triton layers).
+batch=N, pack, ckpt (every layer checkpointed), auto (ours: as many layers as the memory demands), offload (ours: what a checkpointed layer
+keeps goes to host memory), liger (ours: Triton layers), optim=NAME (an optimizer of transformers, paged_adamw_8bit by default).
 """
 
 import argparse
@@ -20,16 +21,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RANK, ALPHA, TARGETS = 16, 32, ["q_proj", "k_proj", "v_proj", "o_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
 SETTINGS = ["ours:pack:auto:liger", "ours:pack:ckpt:liger", "trl:ckpt", "unsloth:pack:ckpt", "unsloth:ckpt"]
 
 
-def random_rows(count: int, length: int, vocabulary: int, seed: int = 0) -> list[dict[str, list[int]]]:
+def random_rows(
+    count: int, length: int, vocabulary: int, full: bool = False, seed: int = 0
+) -> list[dict[str, list[int]]]:
     """Rows of random tokens: lognormal lengths (median 420 tokens, sigma 0.7) from 96 to `length`, loss on the last 10 to 40 %."""
     draw = random.Random(seed)
     rows = []
     for _ in range(count):
-        size = int(min(max(draw.lognormvariate(math.log(420), 0.7), 96), length))
+        size = length if full else int(min(max(draw.lognormvariate(math.log(420), 0.7), 96), length))
         ids = [draw.randrange(10, vocabulary) for _ in range(size)]
         silent = int(size * draw.uniform(0.6, 0.9))
         rows.append({"input_ids": ids, "labels": [-100] * silent + ids[silent:]})
@@ -40,7 +44,7 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     """One setting, measured: called in a process of its own."""
     system, *flags = setting.split(":")
     packing, checkpointing = "pack" in flags, "ckpt" in flags
-    batch = next((int(flag.removeprefix("batch=")) for flag in flags if flag.startswith("batch=")), 1)
+    named = dict(flag.split("=", 1) for flag in flags if "=" in flag)
     if system == "unsloth":
         import unsloth  # noqa: F401 - has to be imported before the libraries that it patches
     import torch
@@ -76,16 +80,16 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
 
     started = time.perf_counter()
     vocabulary = AutoConfig.from_pretrained(args.checkpoint).vocab_size
-    rows = Dataset.from_list(random_rows(args.rows, args.length, vocabulary))
+    rows = Dataset.from_list(random_rows(args.rows, args.length, vocabulary, args.full_rows))
     common = {
         "output_dir": "/tmp/bench_train",  # nothing is saved
         "max_steps": args.steps,
-        "per_device_train_batch_size": batch,
+        "per_device_train_batch_size": int(named.get("batch", 1)),
         "gradient_accumulation_steps": args.accumulation,
         "max_length": args.length,
         "packing": packing,
         "learning_rate": 2e-4,
-        "optim": "paged_adamw_8bit" if on_gpu else "adamw_torch",
+        "optim": named.get("optim", "paged_adamw_8bit" if on_gpu else "adamw_torch"),
         "fp16": args.precision == "fp16",
         "bf16": args.precision == "bf16",
         "use_cpu": not on_gpu,
@@ -99,6 +103,7 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     build = {"ours": _ours, "trl": _trl, "unsloth": _unsloth}[system]
     common["use_liger_kernel"] = "liger" in flags
+    common["activation_offloading"] = "offload" in flags
     trainer = build(args, common, dtype, rows, tokenizer, checkpointing or "auto" in flags)
     if "auto" in flags:
         from intern.memory import FitMemory
@@ -165,7 +170,7 @@ def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: A
         activation_checkpointing=checkpointing,
         dataset_kwargs={"skip_prepare_dataset": not common["packing"]},
     )
-    lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)
+    lora = LoraConfig(**_lora(args))
     return InternTrainer(
         StepRules(0, 1000), model=model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=lora
     )
@@ -185,7 +190,7 @@ def _trl(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: An
         attn_implementation="sdpa",
     )
     config = SFTConfig(**common, gradient_checkpointing=checkpointing)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)
+    lora = LoraConfig(**_lora(args))
     trainer = SFTTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     if common["fp16"]:  # the one change without which the plain recipe fails at its first step
         adapted: Any = trainer.model
@@ -204,14 +209,17 @@ def _unsloth(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer
     )
     model = FastLanguageModel.get_peft_model(
         model,
-        r=RANK,
-        lora_alpha=ALPHA,
+        **{key: value for key, value in _lora(args).items() if key != "task_type"},
         lora_dropout=0,
         bias="none",
-        target_modules=TARGETS,
         use_gradient_checkpointing="unsloth" if checkpointing else False,
     )
     return SFTTrainer(model, args=SFTConfig(**common), train_dataset=rows, processing_class=tokenizer)
+
+
+def _lora(args: Any) -> dict[str, Any]:
+    targets = ATTENTION + MLP if args.all_linear else ATTENTION
+    return {"task_type": "CAUSAL_LM", "r": args.rank, "lora_alpha": 2 * args.rank, "target_modules": targets}
 
 
 def _quantization(dtype: Any) -> dict[str, Any]:
@@ -248,6 +256,9 @@ def main() -> None:
     )
     parser.add_argument("--length", type=int, default=2048, help="most tokens of a row, and of a pack")
     parser.add_argument("--rows", type=int, default=600)
+    parser.add_argument("--full-rows", action="store_true", help="every row has --length tokens")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--all-linear", action="store_true", help="adapters on the MLP's layers too")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=3, help="first steps that do not count")
     parser.add_argument("--accumulation", type=int, default=1)
