@@ -246,6 +246,27 @@ def measure(setting: str, arguments: list[str], site: str | None) -> dict[str, A
     return {"setting": setting, "error": errors[-1][:120]}
 
 
+def plot(results: list[dict[str, Any]], target: Path) -> None:
+    """Tokens/s against peak GPU memory; settings that failed are left out."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    colors = {"ours": "#1f77b4", "unsloth": "#d62728", "trl": "#7f7f7f"}
+    points = [one for one in results if "error" not in one]
+    for one in points:
+        x, y = one["peak_gib"] or 0, one["tokens_per_second"]
+        axes.plot(x, y, "o", color=colors[one["setting"].split(":")[0]], markersize=8)
+        axes.annotate(one["setting"], (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("peak GPU memory (GiB)")
+    axes.set_ylabel("tokens/s")
+    axes.set_xlim(0, 1.3 * max(one["peak_gib"] or 1 for one in points))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(target)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
@@ -266,6 +287,7 @@ def main() -> None:
         "--unsloth-site", help="PYTHONPATH of Unsloth's process, where it needs other versions of the libraries"
     )
     parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--plot", type=Path, help="PNG: tokens/s against peak memory, a point for each setting")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
@@ -278,6 +300,8 @@ def main() -> None:
         print(f"{setting}: {results[-1].get('error') or results[-1]['tokens_per_second']}", file=sys.stderr, flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
+    if args.plot:
+        plot(results, args.plot)
     print(
         "| setting | tokens/s | peak GiB | reserved GiB | first step after s | layers checkpointed | mean loss |\n|---|---:|---:|---:|---:|---:|---:|"
     )

@@ -24,11 +24,14 @@ def test_the_benchmark_measures_us_beside_the_plain_recipe(tmp_path):
         "24",
         "--json",
         str(target),
+        "--plot",
+        str(tmp_path / "figures.png"),
     ]
     line = [sys.executable, "scripts/bench_train.py", "data/tiny_llama3", *settings, *flags]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
     figures = {one["setting"]: one for one in json.loads(target.read_text())}
     assert list(figures) == settings and "error" in figures["nobody"]
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
     assert len(done.stdout.splitlines()) == 2 + len(settings)
     for name in settings[:3]:
         assert figures[name]["tokens_per_second"] > 0 and len(figures[name]["losses"]) == 4

@@ -10,6 +10,7 @@ from intern.linear import fuse_adapters
 
 class Pair(torch.nn.Module):
     is_loaded_in_4bit = True  # how PEFT knows
+
     def __init__(self, compute: torch.dtype) -> None:
         super().__init__()
         self.first = bnb.nn.Linear4bit(128, 192, bias=False, compute_dtype=compute, quant_type="nf4")
