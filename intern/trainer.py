@@ -296,6 +296,8 @@ class InternTrainer(SFTTrainer):
 
     def __init__(self, rules: StepRules, **kwargs: Any) -> None:
         self._min_steps = rules.min_steps
+        self.step_back: Callable[[], None] | None = None  # makes room where GPU memory runs out, see intern/memory.py
+        self._batches: list[dict[str, Any]] = []  # of the optimizer step that is under way
         super().__init__(**kwargs)
         # TRL casts the adapters of a quantized model to bfloat16: fp16's GradScaler cannot unscale that, and small updates vanish in it.
         assert self.model is not None
@@ -303,6 +305,31 @@ class InternTrainer(SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
         fuse_adapters(self.model)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """The library's; where GPU memory runs out, the whole optimizer step's batches again after `step_back` made room."""
+        self._batches.append(inputs)
+        loss = self._tried(model, [inputs], num_items_in_batch)
+        while loss is None:
+            assert self.step_back is not None
+            self.step_back()
+            model.zero_grad()
+            loss = self._tried(model, self._batches, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._batches = []
+        return loss
+
+    def _tried(self, model: Any, batches: list[dict[str, Any]], num_items_in_batch: Any) -> torch.Tensor | None:
+        """The last batch's loss; None where memory ran out. It returns, so that what the failed pass held is free again."""
+        try:
+            return [super(InternTrainer, self).training_step(model, dict(one), num_items_in_batch) for one in batches][
+                -1
+            ]
+        except torch.cuda.OutOfMemoryError:
+            if self.step_back is None:
+                self._batches = []
+                raise
+            return None
 
     def forget_metrics(self) -> None:
         """Takes back what a step outside of training has left in the figures of the next log entry."""

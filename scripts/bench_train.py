@@ -4,8 +4,9 @@ Training speed and memory of this project beside the plain TRL recipe and, where
 LoRA shape and memory cap, each system in a process of its own. Prints one table; --json keeps every figure and the losses of all steps.
 
 A setting is SYSTEM and flags, such as ours:pack:auto:liger, trl:batch=8:ckpt or unsloth:pack. Systems: ours, trl, unsloth. Flags:
-batch=N, pack, ckpt (every layer checkpointed), auto (ours: as many layers as the memory demands), offload (ours: what a checkpointed layer
-keeps goes to host memory), liger (ours: Triton layers), optim=NAME (an optimizer of transformers, paged_adamw_8bit by default).
+batch=N, pack, ckpt (every layer checkpointed), auto (ours: as many layers as the memory demands), offload (ours: checkpointed layers
+keep their inputs in host memory), tile (and run their MLPs on 8,192 tokens at a time), liger (ours: Triton layers), optim=NAME
+(transformers' name, paged_adamw_8bit by default).
 """
 
 import argparse
@@ -103,13 +104,21 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     build = {"ours": _ours, "trl": _trl, "unsloth": _unsloth}[system]
     common["use_liger_kernel"] = "liger" in flags
-    common["activation_offloading"] = "offload" in flags
     trainer = build(args, common, dtype, rows, tokenizer, checkpointing or "auto" in flags)
     if "auto" in flags:
         from intern.memory import FitMemory
 
         trainer.add_callback(memory := FitMemory())
         memory.trainer = trainer
+    if "offload" in flags or "tile" in flags:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        from intern.offload import offload_inputs, tile_mlps
+
+        layers = [module for module in trainer.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        offload_inputs(layers)
+        if "tile" in flags:
+            tile_mlps(layers, 8192)
     clock = Clock()
     trainer.add_callback(clock)
     seen = []

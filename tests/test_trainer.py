@@ -6,10 +6,16 @@ import types
 
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState
+from datasets import Dataset
+from omegaconf import OmegaConf
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, TrainerControl, TrainerState
+from trl import SFTConfig
 
 from intern.errors import RunError
-from intern.trainer import Interruption, OptimizerSteps
+from intern.model import Base
+from intern.precision import Precision
+from intern.trainer import InternTrainer, Interruption, OptimizerSteps, StepRules
 
 
 class Loop:
@@ -95,3 +101,61 @@ def test_fp16_training_keeps_its_adapters_in_float32_and_counts_its_steps(tmp_pa
     run = train(tmp_path / "run", "trainer.use_cpu=false", "trainer.fp16=true", "quant.bnb_4bit_compute_dtype=float16")
     assert run.read_json(run.metrics)["optimizer_steps"] == 12
     assert run.read_history()[-1]["loss_scale"] > 1
+
+
+def trained_adapters(tmp_path, faults):
+    """The adapters after three steps of two batches; `faults` are the passes at which memory runs out. And how often it was made room."""
+    base = Base(
+        OmegaConf.create({"pretrained_model_name_or_path": "data/tiny_llama3", "attn_implementation": "isolated"})
+    )
+    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = base.load(quant, Precision("cpu", torch.float32, False, False))
+    ids = [list(range(100 + row, 130 + row)) for row in range(6)]
+    args = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        seed=1,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    trainer = InternTrainer(
+        StepRules(3, 5),
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        processing_class=base.tokenizer(),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]),
+    )
+    passes, room = [], []
+
+    def full(*_):
+        passes.append(1)
+        if len(passes) in faults:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.model.get_base_model().model.layers[3].mlp.register_forward_pre_hook(full)
+    trainer.step_back = lambda: room.append(len(passes))
+    trainer.train()
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, room
+
+
+def test_a_step_in_which_memory_runs_out_is_taken_again_and_leaves_no_trace(tmp_path):
+    expected, nothing = trained_adapters(tmp_path, ())
+    found, room = trained_adapters(
+        tmp_path, (4, 5)
+    )  # the second batch of the second step, and the first of its repetition
+    assert nothing == [] and room == [4, 5]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_without_a_plan_memory_that_runs_out_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        InternTrainer, "step_back", property(lambda self: None, lambda self, value: None), raising=False
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        trained_adapters(tmp_path, (2,))

@@ -1,0 +1,56 @@
+"""Layer inputs in host memory and MLPs in pieces: the same loss and gradients with less kept."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import intern.offload
+from intern.offload import offload_inputs, tile_mlps
+
+
+def model_and_layers():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, use_cache=False
+    )
+    model = LlamaForCausalLM(config).train()
+    model.model.embed_tokens.requires_grad_(False)  # as under LoRA: the first layer's input needs no gradient
+    model.gradient_checkpointing_enable()
+    return model, [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def loss_and_gradients(model):
+    ids = torch.arange(40).reshape(2, 20) % 64
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("tokens", [None, 7])
+def test_loss_and_gradients_stay_the_same(tokens, monkeypatch):
+    expected = loss_and_gradients(model_and_layers()[0])
+    kept = []
+    real = intern.offload._to_host
+    monkeypatch.setattr(intern.offload, "_to_host", lambda tensor: (kept.append(tensor.shape), real(tensor))[1])
+    model, layers = model_and_layers()
+    offload_inputs(layers)
+    if tokens:
+        tile_mlps(layers, tokens)
+    found = loss_and_gradients(model)
+    assert [tuple(shape) for shape in kept if len(shape) == 3] == [(2, 20, 32)] * 3
+    assert len(found) == len(expected) > 20
+    assert all(torch.allclose(mine, other, atol=1e-6) for mine, other in zip(found, expected, strict=True))
+
+
+def test_pieces_are_no_longer_than_asked_and_recomputed():
+    model, layers = model_and_layers()
+    lengths = []
+    for layer in layers:
+        layer.mlp.gate_proj.register_forward_hook(lambda module, given, out: lengths.append(given[0].shape[1]))
+    tile_mlps(layers, 8)
+    loss_and_gradients(model)
+    assert sorted(set(lengths)) == [4, 8]
+    assert (
+        len(lengths) > 2 * 3 * 3
+    )  # three layers of three pieces, more often than forward and the layer's own recomputation
