@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from intern.comparison import EVALUATED, FIGURES, FinishedRun, Runs, shown_keys
-from intern.plot import plot_curves, plot_points, shortened
+from intern.plot import plot_curves, plot_points, labels
 from intern.table import markdown
 
 _BEST = "★"
@@ -171,7 +171,7 @@ def _draw(runs: Runs, folder: Path) -> list[Path]:
     drawn = list(dict.fromkeys([*([runs.best] if runs.best else []), *runs.finished]))[:_MOST_CURVES]
     curves: dict[str, list[tuple[float, float]]] = {}
     best_label = None
-    for one, name in zip(drawn, shortened([_curve_name(runs, one) for one in drawn], 60), strict=True):
+    for one, name in zip(drawn, labels([_curve_name(runs, one) for one in drawn], 60), strict=True):
         curve = [
             (float(entry["optimizer_steps"]), float(entry["loss"]))
             for entry in one.run.read_history()

@@ -1,5 +1,6 @@
 """Log steps, evaluations and compared runs -> PNG files."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -175,10 +176,15 @@ def _tidy(axes: Axes) -> None:
 
 def _save(figure: Figure, target: Path) -> None:
     draft = target.with_name(f".{target.name}")
-    figure.savefig(draft, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing"
+        )  # names in scripts that the font lacks: drawn as boxes
+        figure.savefig(draft, format="png")
     draft.replace(target)
 
 
-def shortened(names: Sequence[str], most: int = 32) -> list[str]:
-    """Names that fit beside a plot."""
-    return [name if len(name) <= most else f"{name[: most - 1]}…" for name in names]
+def labels(names: Sequence[str], most: int) -> list[str]:
+    """Somebody's names as they fit beside a plot; a dollar sign opens no formula."""
+    short = [name if len(name) <= most else f"{name[: most - 1]}…" for name in names]
+    return ["".join(c if c.isprintable() else " " for c in name).replace("$", "\\$") for name in short]

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from intern.evaluation import FEW, FEW_MARK, Evaluation, Group, Row
 from intern.intervals import Comparison, Estimate
-from intern.plot import Point, plot_changes, plot_rows, plot_scores, shortened
+from intern.plot import Point, plot_changes, plot_rows, plot_scores, labels
 from intern.scoring import SCORES
 from intern.table import markdown
 
@@ -239,7 +239,7 @@ def _draw(evaluation: Evaluation) -> list[Path]:
         (group.label, point) for group in topics[:_MOST_TOPICS] if (point := _point(group.scores["loss"].difference))
     ]
     if changes:
-        labels = shortened([label for label, _ in changes], 48)
+        labels = labels([label for label, _ in changes], 48)
         pairs = sorted(zip(labels, (point for _, point in changes), strict=True), key=lambda pair: pair[1][0])
         drawn.append(folder / "topics.png")
         plot_changes(
