@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from intern.comparison import EVALUATED, FIGURES, FinishedRun, Runs, shown_keys
-from intern.plot import plot_curves, plot_points, labels
+from intern.plot import labels, plot_curves, plot_points
 from intern.table import markdown
 
 _BEST = "★"

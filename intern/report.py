@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from intern.evaluation import FEW, FEW_MARK, Evaluation, Group, Row
 from intern.intervals import Comparison, Estimate
-from intern.plot import Point, plot_changes, plot_rows, plot_scores, labels
+from intern.plot import Point, labels, plot_changes, plot_rows, plot_scores
 from intern.scoring import SCORES
 from intern.table import markdown
 
@@ -239,8 +239,8 @@ def _draw(evaluation: Evaluation) -> list[Path]:
         (group.label, point) for group in topics[:_MOST_TOPICS] if (point := _point(group.scores["loss"].difference))
     ]
     if changes:
-        labels = labels([label for label, _ in changes], 48)
-        pairs = sorted(zip(labels, (point for _, point in changes), strict=True), key=lambda pair: pair[1][0])
+        names_shown = labels([label for label, _ in changes], 48)
+        pairs = sorted(zip(names_shown, (point for _, point in changes), strict=True), key=lambda pair: pair[1][0])
         drawn.append(folder / "topics.png")
         plot_changes(
             pairs, f"change of the loss, {names[1]} minus {names[0]} (nats a token; left is better)", drawn[-1]

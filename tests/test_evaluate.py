@@ -22,7 +22,9 @@ from intern.report import notes, write_report
 from intern.run import Run
 from intern.scoring import exact_match, rouge_l, token_f1
 
-HOSTILE = "<script>alert('x')</script> ![p](http://example.org/p.png) | [l](javascript:x) <img src=x onerror=y> & `c`"
+HOSTILE = (
+    "<script>alert('x')</script> ![p](http://example.org/p.png) | [l](javascript:x) <img src=x onerror=y> & `c` $\\x$"
+)
 REFUSAL = "The material does not say."
 
 
