@@ -12,6 +12,7 @@ import yaml
 
 from intern.cli import unknown
 from intern.errors import UserError
+from intern.intervals import FEW
 from intern.run import RUN_ROOTS, Run
 
 # A thousand configurations in a second instead of ten, where PyYAML was built with libyaml.
@@ -55,6 +56,8 @@ class FinishedRun:
     config: dict[str, str]  # every key, flat, as text
     figures: dict[str, float]  # FIGURES that it has
     bounds: dict[str, Bounds]  # 95 % intervals of EVALUATED
+    few: frozenset[str]  # figures from too few rows to rely on
+    trained_rows: int  # golden rows of the evaluation that the run was trained on
     gpu: str | None
     eval_data: str | None  # what eval_loss was measured on, by SHA-256
     evaluated_data: str | None  # what EVALUATED was measured on
@@ -201,13 +204,17 @@ def _read(run: Run, name: str, evaluation: str | None) -> FinishedRun:
     if "score" not in figures:
         raise UserError("metrics.json has no loss that is a number")
     bounds: dict[str, Bounds] = {}
-    evaluated_data = None
+    few = {"eval_loss", "score"} if _is_number(metrics.get("eval_rows")) and metrics["eval_rows"] < FEW else set()
+    evaluated_data, trained_rows = None, 0
     chosen = run.evaluation / evaluation / "metrics.json" if evaluation else None
     if chosen is not None and chosen.is_file():
         evaluated = _object(chosen)
         evaluated_data = str(evaluated.get("file_sha256"))
-        for key, (value, interval) in _evaluated(evaluated).items():
+        group = _all_rows(evaluated)
+        trained_rows = group["trained_rows"] if isinstance(group.get("trained_rows"), int) else 0
+        for key, (value, interval, rows) in _evaluated(group).items():
             figures[key], bounds[key] = value, interval
+            few |= {key} if rows < FEW else set()
     data, gpu = environment.get("data"), environment.get("gpu")
     return FinishedRun(
         run=run,
@@ -215,6 +222,8 @@ def _read(run: Run, name: str, evaluation: str | None) -> FinishedRun:
         config=config,
         figures=figures,
         bounds=bounds,
+        few=frozenset(few),
+        trained_rows=trained_rows,
         gpu=str(gpu.get("name")) if isinstance(gpu, dict) else None,
         eval_data=str(data.get(config.get("data.eval_file")))
         if isinstance(data, dict) and "eval_loss" in figures
@@ -223,16 +232,22 @@ def _read(run: Run, name: str, evaluation: str | None) -> FinishedRun:
     )
 
 
-def _evaluated(metrics: dict[str, Any]) -> dict[str, tuple[float, Bounds]]:
-    """The scores of the run's adapter on all golden rows; what is not as intern.evaluate writes it is left out."""
-    found: dict[str, tuple[float, Bounds]] = {}
-    groups = metrics.get("groups")
-    scores = groups[0].get("scores") if isinstance(groups, list) and groups and isinstance(groups[0], dict) else None
+def _all_rows(evaluated: dict[str, Any]) -> dict[str, Any]:
+    """The group of all golden rows in an evaluation's metrics.json; empty where that is not as intern.evaluate writes it."""
+    groups = evaluated.get("groups")
+    return groups[0] if isinstance(groups, list) and groups and isinstance(groups[0], dict) else {}
+
+
+def _evaluated(group: dict[str, Any]) -> dict[str, tuple[float, Bounds, float]]:
+    """The adapter's scores: value, interval, number of rows; what is not as intern.evaluate writes it is left out."""
+    found: dict[str, tuple[float, Bounds, float]] = {}
+    scores = group.get("scores")
     for key in EVALUATED:
-        after = scores[key].get("after") if isinstance(scores, dict) and isinstance(scores.get(key), dict) else None
-        if isinstance(after, dict) and _is_number(after.get("value")):
+        score = scores.get(key) if isinstance(scores, dict) else None
+        after = score.get("after") if isinstance(score, dict) else None
+        if isinstance(score, dict) and isinstance(after, dict) and _is_number(after.get("value")):
             low, high = (float(after[name]) if _is_number(after.get(name)) else None for name in ("low", "high"))
-            found[key] = float(after["value"]), (low, high)
+            found[key] = float(after["value"]), (low, high), score["rows"] if _is_number(score.get("rows")) else 0
     return found
 
 

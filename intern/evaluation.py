@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from intern.config import build, plain
 from intern.data import DataFile, read_rows
 from intern.errors import UserError
-from intern.intervals import Comparison, Estimate, Figures, compare
+from intern.intervals import FEW, FEW_MARK, Comparison, Estimate, Figures, compare
 from intern.judge import Case, Judge, JudgeConfig
 from intern.overlap import Overlap, find_overlap
 from intern.paths import find
@@ -38,8 +38,6 @@ from intern.scoring import (
 
 log = logging.getLogger(__name__)
 
-FEW_MARK = "⚠"
-FEW = 30  # rows below which a score carries a warning
 _FORM = 1  # of predictions: raised with every change of how they are made
 _CONTEXTS = (None, "never", "always")
 _SEEN = "on chunks that training saw", "on chunks that it never saw"

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
+FEW, FEW_MARK = 30, "⚠"  # a score from fewer rows carries the mark in every table
 _BLOCK = 4_000_000  # counts drawn at once: 32 MB
 
 Figures = NDArray[np.float64]

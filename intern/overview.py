@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from intern.comparison import EVALUATED, FIGURES, FinishedRun, Runs, shown_keys
+from intern.intervals import FEW, FEW_MARK
 from intern.plot import labels, plot_curves, plot_points
 from intern.table import markdown
 
@@ -22,6 +23,7 @@ _IN_TERMINAL = (
 _LEAST_TELLING = ("trainable_parameters", "train_loss", "train_seconds", "tokens_per_second", "peak_memory_gib")
 _MOST_KEYS = 4  # config columns in the terminal, beside rank and rate
 _MOST_CURVES = 12
+_MOST_NAMED = 5  # runs in a note
 _WIDEST = 40  # characters of a config value in the terminal
 
 
@@ -73,7 +75,7 @@ def _figure(one: FinishedRun, name: str) -> str:
     form = FIGURES[name].form
     low, high = one.bounds.get(name, (None, None))
     bounds = f" [{low:{form}}, {high:{form}}]" if low is not None and high is not None else ""
-    return f"{one.figures[name]:{form}}{bounds}"
+    return f"{one.figures[name]:{form}}{bounds}{f' {FEW_MARK}' if name in one.few else ''}"
 
 
 def others(runs: Runs, most: int | None = None) -> tuple[list[str], list[list[str]]]:
@@ -82,8 +84,13 @@ def others(runs: Runs, most: int | None = None) -> tuple[list[str], list[list[st
 
 
 def notes(runs: Runs) -> list[str]:
-    """What makes figures in one column incomparable."""
+    """What makes figures unreliable, or incomparable in one column."""
     found = []
+    if any(one.few for one in runs.finished):
+        found.append(f"{FEW_MARK} fewer than {FEW} rows: too few to rely on.")
+    if trained := [one.name for one in runs.finished if one.trained_rows]:
+        named = ", ".join(trained[:_MOST_NAMED]) + (", ..." if len(trained) > _MOST_NAMED else "")
+        found.append(f"Evaluated on rows that they were trained on, among others: {named}.")
     if len({one.eval_data for one in runs.finished if one.eval_data}) > 1:
         found.append("Eval losses were measured on different golden files: they cannot be compared across these.")
     if len({one.evaluated_data for one in runs.finished if one.evaluated_data}) > 1:

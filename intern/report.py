@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from intern.evaluation import FEW, FEW_MARK, Evaluation, Group, Row
-from intern.intervals import Comparison, Estimate
+from intern.evaluation import Evaluation, Group, Row
+from intern.intervals import FEW, FEW_MARK, Comparison, Estimate
 from intern.plot import Point, labels, plot_changes, plot_rows, plot_scores
 from intern.scoring import SCORES
 from intern.table import markdown

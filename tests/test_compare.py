@@ -145,6 +145,19 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     assert "no eval loss" in notes(read_runs([str(tmp_path)], "score", None))[1]
 
 
+def test_few_rows_and_rows_of_training_are_marked_here_too(sweep):
+    assert notes(read_runs([str(sweep)], "score", None)) == []
+    stored = sweep / "1" / "evaluation" / "golden_test_set" / "metrics.json"
+    evaluated = json.loads(stored.read_text())
+    evaluated["groups"][0]["trained_rows"] = 3
+    evaluated["groups"][0]["scores"]["token_f1"]["rows"] = 29
+    stored.write_text(json.dumps(evaluated))
+    runs = read_runs([str(sweep)], "score", None)
+    columns, rows = table(runs, runs.finished, brief=True)
+    assert [row[columns.index("token F1")] for row in rows] == ["0.300 [0.200, 0.400] ⚠", "", "0.500 [0.400, 0.600]"]
+    assert "fewer than 30 rows" in notes(runs)[0] and notes(runs)[1].endswith("trained on, among others: 1.")
+
+
 def test_hostile_names_and_values_stay_in_their_cells(tmp_path):
     made(tmp_path / "a", 0.5, data="x", note="plain")
     made(tmp_path / "b|$\\x$\x1b[31m", 0.6, note="one | two\nthree")
