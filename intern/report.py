@@ -32,7 +32,7 @@ class _Line:
     before: str
     after: str
     difference: str
-    verdict: str  # better, worse, unclear, or nothing where neither is better
+    verdict: str  # better, worse, unclear, too few (rows), or nothing where neither is better
 
 
 def write_report(evaluation: Evaluation) -> None:
@@ -115,7 +115,7 @@ def _view(evaluation: Evaluation) -> dict[str, Any]:
         "notes": notes(evaluation),
         "few": FEW,
         "few_mark": FEW_MARK,
-        "told_by": evaluation.overlap.told_by,
+        "told_by": _told(evaluation),
         "speed": [
             (name, f"{figures['seconds']:,.1f} s", f"{figures['tokens_per_second']:,.0f}")
             for name, figures in evaluation.speed.items()
@@ -123,6 +123,12 @@ def _view(evaluation: Evaluation) -> dict[str, Any]:
         "limits": _limits(evaluation, judged),
         "settings": {name: str(value) for name, value in evaluation.settings.items() if value is not None},
     }
+
+
+def _told(evaluation: Evaluation) -> str:
+    """How it is known what training saw, and how much of the golden file that is."""
+    rows, chunks = sum(map(bool, evaluation.overlap.rows)), sum(map(bool, evaluation.overlap.chunks))
+    return f"{evaluation.overlap.told_by} {rows} of {len(evaluation.rows)} golden rows are training rows, {chunks} are on its chunks."
 
 
 def _line(name: str, group: Group) -> _Line:
@@ -143,7 +149,7 @@ def _line(name: str, group: Group) -> _Line:
         before=_with_bounds(comparison.before, score.form),
         after=_with_bounds(comparison.after, score.form),
         difference=text,
-        verdict=_verdict(comparison, score.higher_is_better),
+        verdict=_verdict(comparison, score.higher_is_better) if group.counted[name] >= FEW else "too few",
     )
 
 
