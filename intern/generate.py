@@ -33,7 +33,6 @@ def build_generation(
     return config
 
 
-@torch.inference_mode()
 def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -44,7 +43,28 @@ def generate(
     batch_size: int = 16,
     streamer: Any = None,
 ) -> Iterator[tuple[str, bool]]:
-    """Each question's answer, in order, and whether the model ended it by itself (False: cut off at max_new_tokens).
+    """Each question's answer, in order, and whether the model ended it by itself (False: cut off at max_new_tokens)."""
+    for ids, ended in generate_ids(model, tokenizer, prompt, generation, questions, materials, batch_size, streamer):
+        yield answer_text(tokenizer, ids), ended
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """What a user reads of an answer's tokens."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    generation: GenerationConfig,
+    questions: Sequence[str],
+    materials: Sequence[str | None] | None = None,
+    batch_size: int = 16,
+    streamer: Any = None,
+) -> Iterator[tuple[list[int], bool]]:
+    """Each answer's token ids without its end of turn, in order, and whether it had one.
 
     Questions of a batch are padded on the left, so each is followed by its own answer. A long material loses its end where the prompt
     would not leave room for an answer in the model's positions.
@@ -68,7 +88,7 @@ def generate(
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation, streamer=streamer)
         for reply in output[:, width:].tolist():
             ended = next((index for index, token in enumerate(reply) if token in prompt.stop_ids), None)
-            yield str(tokenizer.decode(reply[:ended], skip_special_tokens=True)).strip(), ended is not None
+            yield reply[:ended], ended is not None
 
 
 @torch.inference_mode()

@@ -1,17 +1,21 @@
-"""Log steps -> loss.png."""
+"""Log steps, evaluations and compared runs -> PNG files."""
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+GREY, BLUE, ORANGE = "#8b95a1", "#1f6feb", "#d97706"
+Point = tuple[float, float | None, float | None]  # a score and its interval's bounds
 
 
 def plot_loss(history: list[dict[str, Any]], target: Path) -> None:
     """Draws training loss and, where it was measured during training, the golden rows' loss against optimizer steps (nats a token)."""
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = _figure(7, 4)
     for name, label, style in (("loss", "training rows", "-"), ("eval_loss", "golden rows", "o-")):
         points = [(entry["optimizer_steps"], entry[name]) for entry in history if isinstance(entry.get(name), float)]
         if points:
@@ -19,10 +23,168 @@ def plot_loss(history: list[dict[str, Any]], target: Path) -> None:
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("loss on answers (nats a token)")
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(frameon=False)
+    _save(figure, target)
+
+
+def plot_scores(
+    panels: dict[str, dict[str, list[Point | None]]], groups: list[str], percent: list[str], target: Path
+) -> None:
+    """One panel a score: for each group of rows a point and its 95 % interval for each model.
+
+    Args:
+        panels: by score, by model, a point for each of `groups`.
+        percent: scores that are shares.
+    """
+    figure = Figure(figsize=(2.2 + 2.3 * len(panels), 1.3 + 0.55 * len(groups)), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (score, models) in zip(row, panels.items(), strict=True):
+        _tidy(axes)
+        axes.grid(visible=False, axis="y")
+        for offset, colour, (model, points) in zip((-0.14, 0.14), (GREY, BLUE), models.items(), strict=True):
+            for index, point in enumerate(points):
+                if point is not None:
+                    _with_interval(axes, point, index + offset, colour, model if index == 0 else None)
+        axes.set_title(score, fontsize=10)
+        axes.set_xlim(left=0)
+        if score in percent:
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    row[0].set_yticks(range(len(groups)), groups)
+    row[0].set_ylim(len(groups) - 0.5, -0.5)
+    handles = {label: handle for axes in row for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    _save(figure, target)
+
+
+def plot_rows(kinds: dict[str, list[tuple[float, float]]], names: tuple[str, str], what: str, target: Path) -> None:
+    """Each golden row as a point: its loss by the first model against its loss by the second one; below the line is better."""
+    figure, axes = _figure(5.4, 5)
+    for (kind, points), colour in zip(kinds.items(), (BLUE, ORANGE, GREY), strict=False):
+        first, second = zip(*points, strict=True)
+        axes.scatter(first, second, s=22, color=colour, alpha=0.65, linewidths=0, label=f"{kind} ({len(points)})")
+    most = max((value for points in kinds.values() for point in points for value in point), default=1) * 1.05
+    axes.plot([0, most], [0, most], color="#444", linewidth=0.8, zorder=0)
+    axes.text(
+        most * 0.9,
+        most * 0.915,
+        "no change",
+        ha="right",
+        va="bottom",
+        rotation=45,
+        rotation_mode="anchor",
+        fontsize=8,
+        color="#444",
+    )
+    axes.set_xlim(0, most)
+    axes.set_ylim(0, most)
+    axes.set_aspect("equal")
+    axes.set_xlabel(f"{names[0]}: {what}")
+    axes.set_ylabel(f"{names[1]}: {what}")
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    _save(figure, target)
+
+
+def plot_changes(changes: list[tuple[str, Point]], what: str, target: Path) -> None:
+    """A bar of 95 % for each topic's change, the largest fall first."""
+    figure, axes = _figure(7.4, 1.1 + 0.21 * len(changes))
+    for index, (_, point) in enumerate(changes):
+        _with_interval(axes, point, index, BLUE, None)
+    axes.axvline(0, color="#444", linewidth=0.8)
+    axes.set_yticks(range(len(changes)), [name for name, _ in changes], fontsize=8)
+    axes.set_ylim(len(changes) - 0.4, -0.6)
+    axes.set_xlabel(what)
+    _save(figure, target)
+
+
+def plot_curves(curves: dict[str, list[tuple[float, float]]], best: str | None, target: Path) -> None:
+    """Training loss of some runs against optimizer steps; the best run is drawn on top of the others."""
+    figure, axes = _figure(7.4, 4.4)
+    for name, points in curves.items():
+        chosen = name == best
+        axes.plot(
+            *zip(*points, strict=True),
+            linewidth=2.2 if chosen else 1.1,
+            alpha=1 if chosen else 0.75,
+            color=BLUE if chosen else None,
+            zorder=3 if chosen else 2,
+            label=f"{name} (best)" if chosen else name,
+        )
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("training loss (nats a token)")
+    if 0 < len(curves) <= 12:
+        axes.legend(frameon=False, fontsize=8)
+    _save(figure, target)
+
+
+def plot_points(
+    points: list[tuple[float, Point, bool]], x_label: str, y_label: str, target: Path, doubling: bool = False
+) -> None:
+    """Runs as points with their intervals; the best one (True) stands out.
+
+    Args:
+        doubling: the horizontal axis doubles from mark to mark, as ranks do.
+    """
+    figure, axes = _figure(6.4, 4.2)
+    for x, (y, low, high), chosen in sorted(points, key=lambda one: one[2]):
+        colour = BLUE if chosen else GREY
+        if low is not None and high is not None:
+            axes.plot([x, x], [low, high], color=colour, linewidth=1.4, alpha=0.8)
+        axes.plot(
+            x,
+            y,
+            "o",
+            color=colour,
+            markersize=8 if chosen else 5.5,
+            alpha=1 if chosen else 0.75,
+            label="best run" if chosen else None,
+        )
+    if doubling:
+        marks = sorted({x for x, _, _ in points})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
+        axes.set_xlim(marks[0] / 1.4, marks[-1] * 1.4)
+        axes.minorticks_off()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if any(chosen for *_, chosen in points):
+        axes.legend(frameon=False, fontsize=9)
+    _save(figure, target)
+
+
+def _with_interval(axes: Axes, point: Point, height: float, colour: str, label: str | None) -> None:
+    value, low, high = point
+    if low is not None and high is not None:
+        axes.plot([low, high], [height, height], color=colour, linewidth=1.8, solid_capstyle="butt")
+    axes.plot(value, height, "o", color=colour, markersize=5.5, label=label, clip_on=False)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    _tidy(axes)
+    return figure, axes
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, target: Path) -> None:
     draft = target.with_name(f".{target.name}")
-    figure.savefig(draft, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing"
+        )  # names in scripts that the font lacks: drawn as boxes
+        figure.savefig(draft, format="png")
     draft.replace(target)
+
+
+def labels(names: Sequence[str], most: int) -> list[str]:
+    """Somebody's names as they fit beside a plot; a dollar sign opens no formula."""
+    short = [name if len(name) <= most else f"{name[: most - 1]}…" for name in names]
+    return ["".join(c if c.isprintable() else " " for c in name).replace("$", "\\$") for name in short]

@@ -59,6 +59,10 @@ class Run:
         return self.path / "loss.png"
 
     @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
     def finished(self) -> bool:
         return self.metrics.is_file()
 
