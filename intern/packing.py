@@ -23,15 +23,14 @@ def pack(rows: Dataset, args: SFTConfig) -> Dataset:
     rows = rows.select_columns(["input_ids", "labels"])
     if args.shuffle_dataset:
         rows = rows.shuffle(seed=args.seed)
-    packs = pack_dataset(rows, args.max_length, args.packing_strategy, {"num_proc": args.dataset_num_proc})
+    packs = pack_dataset(rows, int(args.max_length or 0), args.packing_strategy, {"num_proc": args.dataset_num_proc})
     return packs.shuffle(seed=args.seed) if args.shuffle_dataset else packs
 
 
 def build_collator(args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForLanguageModeling:
     """The collator that SFTTrainer builds for these arguments."""
-    pad_token: Any = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    pad_token: Any = tokenizer.convert_tokens_to_ids(str(args.pad_token or tokenizer.pad_token or tokenizer.eos_token))
+    multiple: Any = args.pad_to_multiple_of
     return DataCollatorForLanguageModeling(
-        pad_token_id=tokenizer.convert_tokens_to_ids(pad_token),
-        padding_free=keeps_rows_apart(args),
-        pad_to_multiple_of=args.pad_to_multiple_of,
+        pad_token_id=pad_token, padding_free=keeps_rows_apart(args), pad_to_multiple_of=multiple
     )

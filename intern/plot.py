@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def plot_loss(history: list[dict[str, Any]], target: Path) -> None:
@@ -35,6 +36,8 @@ def plot_lengths(histogram: np.ndarray, max_length: int, target: Path) -> None:
     if lengths[-1] > max_length / 2:  # else the line would squeeze the rows into a corner
         axes.axvline(max_length, color="tab:red", linestyle="--", label=f"trainer.max_length={max_length:,}")
         axes.legend(frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("tokens of a training row")
     axes.set_ylabel("rows")
     _save(figure, axes, target)

@@ -201,7 +201,8 @@ h2 {{ margin-top: 2rem; font-size: 1.1rem }}
 .loss {{ font-weight: bold }}
 .cut {{ text-decoration: line-through }}
 table {{ border-collapse: collapse }}
-td, th {{ border: 1px solid #ccc; padding: .2rem .6rem; text-align: left; overflow-wrap: anywhere }}
+td, th {{ border: 1px solid #ccc; padding: .2rem .6rem; text-align: left; vertical-align: top }}
+td {{ overflow-wrap: break-word }}
 .green {{ color: #15552e }} .amber {{ color: #8a5a00 }} .red {{ color: #a00; font-weight: bold }}
 img {{ max-width: 100% }}
 {colours}
