@@ -341,7 +341,7 @@ def check_gpu(facts: Facts) -> Check:
             "GPU", RED, found, _NO_GPU if driver is None else "update the driver, or take a torch built for it"
         )
     major, minor = torch.cuda.get_device_capability()
-    name = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, driver {driver}, CUDA {torch.version.cuda}"
+    name = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, driver {driver or 'unknown'}, CUDA {torch.version.cuda}"
     if not _has_kernels(major, minor, torch.cuda.get_arch_list()):
         built = ", ".join(torch.cuda.get_arch_list())
         return Check(
@@ -679,18 +679,16 @@ def _missing(find: Callable[[str], str | None]) -> Iterator[str]:
     yield from sorted(file for file in files if find(file) is None)
 
 
-def available_memory() -> int:
-    """Bytes of host memory that this process may still take: the system's, or a container's where that is less."""
+def available_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of host memory that this process may still take: the system's, or a container's (its control group's) where that is less."""
     import psutil
 
     free = [psutil.virtual_memory().available]
-    for most, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    version_2 = groups / "memory.max", groups / "memory.current"
+    version_1 = groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes"
+    for most, used in (version_2, version_1):
         with contextlib.suppress(OSError, ValueError):  # no such control group, or "max": no limit
-            root = Path("/sys/fs/cgroup")
-            free.append(int((root / most).read_text()) - int((root / used).read_text()))
+            free.append(int(most.read_text()) - int(used.read_text()))
     return min(free)
 
 

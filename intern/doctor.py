@@ -1,5 +1,6 @@
 """python -m intern.doctor model=llama3_8b quant=nf4_fp16"""
 
+import contextlib
 import sys
 
 from omegaconf import DictConfig
@@ -16,9 +17,10 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"format={cfg.format}: must be table or json")
     from rich.console import Console
 
-    from intern.diagnose import diagnose  # heavy: keeps --help fast
+    from intern.diagnose import diagnose
 
-    checks = diagnose(cfg)
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries print when they are loaded
+        checks = diagnose(cfg)
     if cfg.format == "json":
         sys.stdout.write(as_json(checks) + "\n")
     else:
