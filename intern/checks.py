@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -68,18 +69,14 @@ def show_checks(checks: Sequence[Check], console: Console) -> None:
         ]
         sys.stdout.write("\n".join([*lines, "", summary, ""]))
         return
-    table = Table(show_lines=False, header_style="bold", expand=False)
-    for column, share in (("check", 0), ("", 0), ("found", 3), ("remedy", 2)):
-        table.add_column(column, ratio=share or None, no_wrap=not share)
+    table = Table(box=box.SIMPLE_HEAD)
+    told = [check for check in checks if check.remedy]
+    for column in ("check", "", "found", *(["remedy"] if told else [])):
+        table.add_column(column, no_wrap=column in ("check", ""))
     styles = {GREEN: "green", AMBER: "yellow", RED: "bold red"}
     for check in checks:
-        style = styles[check.status]
-        table.add_row(
-            Text(check.name),
-            Text(f"● {check.status}", style),
-            Text(printable(check.found)),
-            Text(printable(check.remedy)),
-        )
+        cells = [Text(check.name), Text(f"● {check.status}", styles[check.status]), Text(printable(check.found))]
+        table.add_row(*cells, *([Text(printable(check.remedy))] if told else []))
     console.print(table)
     console.print(Text(summary))
 

@@ -5,7 +5,6 @@ import sys
 
 from omegaconf import DictConfig
 
-from intern.checks import as_json, raise_if_red, show_checks
 from intern.cli import command
 from intern.errors import UserError
 
@@ -17,6 +16,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"format={cfg.format}: must be table or json")
     from rich.console import Console
 
+    from intern.checks import as_json, raise_if_red, show_checks
     from intern.diagnose import diagnose
 
     with contextlib.redirect_stdout(sys.stderr):  # some libraries print when they are loaded

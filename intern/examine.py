@@ -34,7 +34,7 @@ from intern.tokenview import Preview, Segment, ShownBatch, ShownRow, page, piece
 from intern.trainer import build_training_args
 
 _PERCENTS = (50, 90, 99, 100)
-_BEGINNING = 60  # characters of a question that name a row of a batch
+_BEGINNING = 50  # characters of a question that name a row of a batch
 _LONG_DATA = 20_000  # rows from which reading them is worth a progress bar
 
 

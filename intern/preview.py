@@ -2,7 +2,6 @@
 
 from omegaconf import DictConfig
 
-from intern.checks import raise_if_red
 from intern.cli import command
 
 
@@ -11,6 +10,7 @@ def main(cfg: DictConfig) -> None:
     """Shows training rows as the model will see them, and checks all of them."""
     from rich.console import Console
 
+    from intern.checks import raise_if_red
     from intern.examine import examine  # heavy: keeps --help fast
 
     raise_if_red(examine(cfg, Console()), "preview")

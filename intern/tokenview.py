@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -119,7 +120,7 @@ def show_rows(preview: Preview, console: Console) -> None:
     if preview.batch is not None:
         console.print()
         console.print(Text(preview.batch.title, "bold"))
-        table = Table(header_style="bold")
+        table = Table(box=box.SIMPLE_HEAD)
         for column in _BATCH_COLUMNS[:-1]:
             table.add_column(column, justify="right")
         table.add_column(_BATCH_COLUMNS[-1], no_wrap=True)
@@ -127,7 +128,7 @@ def show_rows(preview: Preview, console: Console) -> None:
             table.add_row(*map(Text, _cells(segment)))
         console.print(table)
     console.print()
-    table = Table(header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(("", "training rows", "golden rows")):
         table.add_column(column, justify="right" if index else "left")
     for figure in preview.figures:
@@ -228,7 +229,8 @@ def _parts(row: list[Piece]) -> list[tuple[str, bool, list[Piece]]]:
 
 def _cells(segment: Segment) -> tuple[str, str, str, str, str]:
     span = f"{segment.start:,}-{segment.end - 1:,}"
-    return segment.row, span, segment.positions, str(segment.with_loss), printable(segment.begins)
+    with_loss = str(segment.with_loss) if segment.positions else ""
+    return segment.row, span, segment.positions, with_loss, printable(segment.begins)
 
 
 def _json(text: str) -> str:
