@@ -3,7 +3,6 @@
 import hashlib
 import math
 import re
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,8 +37,8 @@ class _Rows:
     count: int = 0
     first: list[int] = field(default_factory=list)
 
-    def add(self, row: int, count: int = 1) -> None:
-        self.count += count
+    def add(self, row: int) -> None:
+        self.count += 1
         if len(self.first) < _NAMED:
             self.first.append(row)
 
@@ -204,7 +203,7 @@ def check_texts(rows: Dataset, special_tokens: Sequence[str], shows_material: bo
     all_rows = np.concatenate(numbers)
     for name, parts in sizes.items():
         lengths = np.concatenate(parts)
-        most = _LONG * statistics.median(lengths.tolist())
+        most = _LONG * np.median(lengths)
         for fault, where in {
             f"{name} shorter than {_SHORT[name]} characters": lengths < _SHORT[name],
             f"{name} more than {_LONG} times as long as the median": lengths > most,

@@ -19,6 +19,7 @@ from conftest import ROOT
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError
 from hydra import compose, initialize_config_dir
+from transformers import AutoConfig
 
 import intern.finetune  # noqa: F401  # loads every library before a test puts a GPU in front of them
 from intern import doctor as command
@@ -232,10 +233,18 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
         asked.append(url)
         raise NO_NETWORK
 
+    fetch, offline = AutoConfig.from_pretrained, []
+
+    def note(*arguments, **others):
+        offline.append(constants.HF_HUB_OFFLINE)
+        return fetch(*arguments, **others)
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", note)
     found = checks(*LLAMA)
     assert asked == [constants.ENDPOINT]
+    assert offline == [True]  # the library was asked once, and not left to try the network again and again
     assert found["hub"].status == AMBER and "does not answer" in found["hub"].found
     assert found["model"].status == RED and "not in the local cache" in found["model"].found
     assert constants.HF_HUB_OFFLINE is False  # given back
