@@ -70,13 +70,15 @@ def show_checks(checks: Sequence[Check], console: Console) -> None:
         sys.stdout.write("\n".join([*lines, "", summary, ""]))
         return
     table = Table(box=box.SIMPLE_HEAD)
-    told = [check for check in checks if check.remedy]
-    for column in ("check", "", "found", *(["remedy"] if told else [])):
-        table.add_column(column, no_wrap=column in ("check", ""))
+    table.add_column("check", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("found, and what to do", overflow="fold")
     styles = {GREEN: "green", AMBER: "yellow", RED: "bold red"}
     for check in checks:
-        cells = [Text(check.name), Text(f"● {check.status}", styles[check.status]), Text(printable(check.found))]
-        table.add_row(*cells, *([Text(printable(check.remedy))] if told else []))
+        told = Text(printable(check.found))
+        if check.remedy:
+            told.append(f"\n→ {printable(check.remedy)}", styles[check.status])
+        table.add_row(Text(check.name), Text(f"● {check.status}", styles[check.status]), told)
     console.print(table)
     console.print(Text(summary))
 
