@@ -120,6 +120,7 @@ class Tokenized:
     """Rows as the model sees them (input_ids, labels), and what had to go so that they fit."""
 
     rows: Dataset
+    origins: Dataset  # of each of them: row, its line in the file, and cut, the tokens of material that it lost
     dropped: list[int]  # rows too long even without their material
     shortened: int  # rows that lost the end of their material
 
@@ -185,7 +186,8 @@ def tokenize(
         log.warning(
             "%s: %d rows lost the end of their material to fit into trainer.max_length=%d", name, shortened, max_length
         )
-    return Tokenized(tokens.select_columns(["input_ids", "labels"]), dropped, shortened)
+    origins = tokens.select_columns(["row", "cut"])
+    return Tokenized(tokens.select_columns(["input_ids", "labels"]), origins, dropped, shortened)
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> str:

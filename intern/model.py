@@ -83,13 +83,9 @@ class Base:
                     f"{self.name} has {count / 1e9:.1f} billion parameters: it needs a CUDA GPU; experiment=tiny_cpu runs here"
                 )
             return
-        text = self.config.get_text_config()
-        embeddings = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
-        # NF4 with double quantization: 4 bits a weight and 0.127 bits of scales (QLoRA, arXiv:2305.14314, section 3).
-        weight = 4.127 / 8 if self._is_4bit(quant) else torch.empty(0, dtype=precision.dtype).element_size()
-        if getattr(self.config, "quantization_config", None) and not self._is_4bit(quant):
-            return  # quantized in a way whose size is not known here
-        need = embeddings * torch.empty(0, dtype=precision.dtype).element_size() + (count - embeddings) * weight
+        need = self.weight_bytes(quant, precision.dtype)
+        if need is None:
+            return
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         free = min(torch.cuda.mem_get_info()[0] + cached, _process_cap() - torch.cuda.memory_allocated())
         if need > free:
@@ -97,6 +93,18 @@ class Base:
             raise UserError(
                 f"{self.name} needs {need / _GIB:.1f} GiB for its weights, {free / _GIB:.1f} GiB of GPU memory are free: {remedy}"
             )
+
+    def weight_bytes(self, quant: BitsAndBytesConfig | None, dtype: torch.dtype) -> float | None:
+        """What the weights take on their device; None where the model was quantized in a way whose size is not known here."""
+        if getattr(self.config, "quantization_config", None) and not self._is_4bit(quant):
+            return None
+        count = self.parameters()
+        text = self.config.get_text_config()
+        embeddings = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
+        plain = torch.empty(0, dtype=dtype).element_size()
+        # NF4 with double quantization: 4 bits a weight and 0.127 bits of scales (QLoRA, arXiv:2305.14314, section 3).
+        weight = 4.127 / 8 if self._is_4bit(quant) else plain
+        return embeddings * plain + (count - embeddings) * weight
 
     def _is_4bit(self, quant: BitsAndBytesConfig | None) -> bool:
         stored = getattr(self.config, "quantization_config", None) or {}

@@ -1,13 +1,15 @@
-"""Log steps, evaluations and compared runs -> PNG files."""
+"""Log steps, row lengths, evaluations and compared runs -> PNG files."""
 
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 GREY, BLUE, ORANGE = "#8b95a1", "#1f6feb", "#d97706"
 Point = tuple[float, float | None, float | None]  # a score and its interval's bounds
@@ -25,6 +27,21 @@ def plot_loss(history: list[dict[str, Any]], target: Path) -> None:
     axes.set_ylim(bottom=0)
     if axes.lines:
         axes.legend(frameon=False)
+    _save(figure, target)
+
+
+def plot_lengths(histogram: np.ndarray, max_length: int, target: Path) -> None:
+    """Draws how many rows are how many tokens long (histogram[n] rows of n tokens), beside the length that rows are cut to."""
+    figure, axes = _figure(7, 4)
+    lengths = np.flatnonzero(histogram)
+    axes.hist(lengths, bins=min(60, int(lengths[-1] - lengths[0]) + 1), weights=histogram[lengths])
+    if lengths[-1] > max_length / 2:  # else the line would squeeze the rows into a corner
+        axes.axvline(max_length, color="tab:red", linestyle="--", label=f"trainer.max_length={max_length:,}")
+        axes.legend(frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("tokens of a training row")
+    axes.set_ylabel("rows")
     _save(figure, target)
 
 

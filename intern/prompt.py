@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from intern.errors import UserError
 
 Context = Literal["never", "always", "mixed"]
+Kind = Literal["template", "system", "material", "question", "answer", "end of turn"]
 log = logging.getLogger(__name__)
 
 IGNORED = -100  # the label of a token without loss (torch.nn.CrossEntropyLoss's ignore_index)
@@ -30,6 +31,15 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     context_tokens_cut: int  # tokens taken off the end of the material so that the row fits
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a row, for a person to look at: what it belongs to, and whether it went so that the row fits."""
+
+    id: int
+    kind: Kind
+    cut: bool
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,7 @@ class Prompt:
         Without answers the ids end where the answer would begin: the prefix of the trained row. A row that is longer than max_length
         tokens loses the end of its material; one that is too long even without material is None.
         """
-        opening, middle, before_answer, end_of_turn = (_ids(tokenizer, piece, special=True) for piece in self.template)
+        opening, middle, before_answer, end_of_turn = self._template_ids(tokenizer)
         head = opening + _ids(tokenizer, self.system_prompt, special=False) + middle
         shown = [
             _user_turn(question, material)
@@ -154,14 +164,49 @@ class Prompt:
             cut = 0
             if room is not None and len(user) > room:
                 cut = len(user) - room
-                shorter = _without_end_of_material(tokenizer, text, start, end, cut)
-                if shorter is None:
+                inside = _inside_material(tokenizer, text, start, end)
+                if len(inside) < cut:
                     rows.append(None)
                     continue
-                user = shorter
+                gone = set(inside[len(inside) - cut :])
+                user = [token for index, token in enumerate(user) if index not in gone]
             prefix = head + list(user) + before_answer
             rows.append(Encoded(prefix + reply, [IGNORED] * len(prefix) + reply, cut))
         return rows
+
+    def explain(
+        self, tokenizer: PreTrainedTokenizerBase, question: str, answer: str, material: str | None, max_length: int
+    ) -> list[Token]:
+        """Every token of a training row with what it is. Those not marked as cut are what `encode` gives; a row that it drops has no mark."""
+        opening, middle, before_answer, end_of_turn = self._template_ids(tokenizer)
+        text, start, end = _user_turn(question, material)
+        user = _ids(tokenizer, text, special=False)
+        inside = _inside_material(tokenizer, text, start, end)
+        around: list[tuple[Kind, list[int]]] = [
+            ("template", opening),
+            ("system", _ids(tokenizer, self.system_prompt, special=False)),
+            ("template", middle),
+            ("question", user),
+            ("template", before_answer),
+            ("answer", _ids(tokenizer, answer.strip(), special=False)),
+            ("end of turn", end_of_turn),
+        ]
+        cut = max(sum(len(ids) for _, ids in around) - max_length, 0)
+        gone = set(inside[len(inside) - cut :]) if cut <= len(inside) else set()
+        tokens = []
+        for kind, ids in around:
+            if kind == "question":
+                shown = set(inside)
+                tokens += [
+                    Token(one, "material" if index in shown else kind, index in gone) for index, one in enumerate(ids)
+                ]
+            else:
+                tokens += [Token(one, kind, False) for one in ids]
+        return tokens
+
+    def _template_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int], list[int]]:
+        opening, middle, before_answer, end_of_turn = (_ids(tokenizer, piece, special=True) for piece in self.template)
+        return opening, middle, before_answer, end_of_turn
 
     def to_json(self) -> dict[str, Any]:
         """What prompt.json holds."""
@@ -188,17 +233,11 @@ def _user_turn(question: str, material: str | None) -> tuple[str, int, int]:
     return f"{before}{material}\n\nQuestion: {question.strip()}", len(before), len(before) + len(material)
 
 
-def _without_end_of_material(
-    tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int, cut: int
-) -> list[int] | None:
-    """The ids of text without the last `cut` tokens of its material; None if the material has not as many."""
+def _inside_material(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> list[int]:
+    """Which tokens of a user's turn lie inside its material, from the first to the last."""
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-    inside = [
+    return [
         index
         for index, (first, last) in enumerate(encoded["offset_mapping"])
         if start <= first and last <= end and first < last
     ]
-    if len(inside) < cut:
-        return None
-    gone = set(inside[len(inside) - cut :])
-    return [token for index, token in enumerate(encoded["input_ids"]) if index not in gone]

@@ -11,7 +11,7 @@ COMMANDS = sorted(path.stem for path in (ROOT / "intern").glob("*.py") if '__nam
 
 
 def test_there_are_commands():
-    assert COMMANDS == ["compare", "evaluate", "query", "train"]
+    assert COMMANDS == ["compare", "doctor", "evaluate", "preview", "query", "train"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

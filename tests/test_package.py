@@ -52,5 +52,7 @@ def test_every_command_runs_from_an_installed_wheel_in_another_directory(wheel, 
     assert run("query", "question=Why?", "generation.max_new_tokens=8").strip()
     assert run("evaluate", "generation.max_new_tokens=8").startswith("| golden rows |")
     assert run("compare").startswith("| run |")
+    assert "| green |" in run("doctor", "experiment=tiny_cpu")
+    assert "all marked seen_chunk" in run("preview", "experiment=tiny_cpu")
     scripts = {path.name for path in (site / "bin").iterdir()}
-    assert scripts == {"intern-train", "intern-query", "intern-evaluate", "intern-compare"}
+    assert scripts == {f"intern-{name}" for name in ("train", "query", "evaluate", "compare", "preview", "doctor")}

@@ -1,0 +1,32 @@
+"""python -m intern.doctor model=llama3_8b quant=nf4_fp16"""
+
+import contextlib
+import sys
+
+from omegaconf import DictConfig
+
+from intern.cli import command
+from intern.errors import UserError
+
+
+@command("doctor")
+def main(cfg: DictConfig) -> None:
+    """Says whether the training run of the same groups can run here, and what to do where it cannot."""
+    if cfg.format not in ("table", "json"):
+        raise UserError(f"format={cfg.format}: must be table or json")
+    from rich.console import Console
+
+    from intern.checks import as_json, raise_if_red, show_checks
+    from intern.diagnose import diagnose
+
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries print when they are loaded
+        checks = diagnose(cfg)
+    if cfg.format == "json":
+        sys.stdout.write(as_json(checks) + "\n")
+    else:
+        show_checks(checks, Console())
+    raise_if_red(checks, "doctor")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Texts -> those that are nearly the same as a given one, by an index of their rarest words."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+WORD = re.compile(r"[^\W_]+")
+
+
+def words(text: str) -> frozenset[str]:
+    """The distinct lower-case words and numbers of a text."""
+    return frozenset(WORD.findall(text.lower()))
+
+
+class NearTexts:
+    """An index of texts that finds the ones whose words overlap with another text's by a Jaccard index of at least `threshold`.
+
+    Two such sets of n and m words share a word among the first n - ceil(threshold * n) + 1 of the one and the first
+    m - ceil(threshold * m) + 1 of the other, both in one order (prefix filtering: Chaudhuri et al. 2006, Bayardo et al. 2007). With the
+    rarest words first few texts stand under each of them, so a look-up compares with a handful, not with all.
+    """
+
+    def __init__(self, texts: Sequence[str], threshold: float) -> None:
+        self._threshold = threshold
+        self._sets = [words(text) for text in texts]
+        counts = Counter(word for one in self._sets for word in one)
+        self._rank = {word: rank for rank, word in enumerate(sorted(counts, key=lambda word: (counts[word], word)))}
+        self._index: defaultdict[int, list[int]] = defaultdict(list)
+        for place, one in enumerate(self._sets):
+            for rank in sorted(self._rank[word] for word in one)[: self._prefix(len(one))]:
+                self._index[rank].append(place)
+
+    def near(self, text: str) -> list[tuple[int, float]]:
+        """The places of the near texts and their Jaccard index, best first. A text without words is near to none."""
+        mine = words(text)
+        known = sorted(self._rank[word] for word in mine if word in self._rank)
+        # Words that no indexed text has are the rarest: they come first in the order, and lead nowhere.
+        prefix = self._prefix(len(mine)) - (len(mine) - len(known))
+        candidates = {place for rank in known[: max(prefix, 0)] for place in self._index[rank]}
+        found = [(place, self._similarity(mine, self._sets[place])) for place in candidates]
+        return sorted(
+            ((place, value) for place, value in found if value >= self._threshold), key=lambda pair: (-pair[1], pair[0])
+        )
+
+    def _prefix(self, count: int) -> int:
+        return count - math.ceil(self._threshold * count) + 1 if count else 0
+
+    @staticmethod
+    def _similarity(a: frozenset[str], b: frozenset[str]) -> float:
+        common = len(a & b)
+        return common / (len(a) + len(b) - common)

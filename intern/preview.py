@@ -1,0 +1,20 @@
+"""python -m intern.preview experiment=tiny_cpu row=17"""
+
+from omegaconf import DictConfig
+
+from intern.cli import command
+
+
+@command("preview")
+def main(cfg: DictConfig) -> None:
+    """Shows training rows as the model will see them, and checks all of them."""
+    from rich.console import Console
+
+    from intern.checks import raise_if_red
+    from intern.examine import examine  # heavy: keeps --help fast
+
+    raise_if_red(examine(cfg, Console()), "preview")
+
+
+if __name__ == "__main__":
+    main()
