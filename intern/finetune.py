@@ -89,6 +89,8 @@ class Plan:
 def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
     """Trains an adapter as `cfg` says and fills `run`; a run directory that an interruption left with checkpoints is gone on with.
 
+    A job of a sweep whose run directory is finished already is not run again.
+
     Args:
         cfg: the composed conf/train.yaml.
         run: where everything is written.
@@ -104,12 +106,15 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
     """
     route_messages()
     _forget_the_job_before()
-    if run.finished:
+    if run.finished and sweep is None:
         raise UserError(f"{run.path} holds a finished run: take another hydra.run.dir")
     plan = _plan(cfg, run)
-    log.info("%s", plan.precision)
     cfg = _with_absolute_paths(cfg, plan)
     _check_same(cfg, run, plan)
+    if run.finished:
+        log.info("%s is finished, score %.4f: not run again", run.path, run.score())
+        return run.score()
+    log.info("%s", plan.precision)
     with tracking(plan.logger, cfg, run, _open(run, cfg, plan), sweep) as tracker:
         model, metrics = _train(plan.base.load(plan.quant, plan.precision), run, plan, tracker)
         with run.new_adapter() as folder:
@@ -183,7 +188,7 @@ def _plan(cfg: DictConfig, run: Run) -> Plan:
 
 def _check_same(cfg: DictConfig, run: Run, plan: Plan) -> None:
     """Raises UserError where a run directory that is gone on with was begun with another configuration or other data."""
-    if run.last_checkpoint() is None:
+    if run.last_checkpoint() is None and not run.finished:
         return
     ours, theirs = _flat(cfg), _flat(run.read_config())
     for key in sorted(ours.keys() | theirs.keys()):

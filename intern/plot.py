@@ -1,4 +1,4 @@
-"""Log steps -> loss.png."""
+"""Log steps -> loss.png; the runs of a sweep -> sweep.png."""
 
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,34 @@ def plot_loss(history: list[dict[str, Any]], target: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(frameon=False)
+    draft = target.with_name(f".{target.name}")
+    figure.savefig(draft, format="png")
+    draft.replace(target)
+
+
+def plot_sweep(points: list[tuple[float, int, float]], target: Path) -> None:
+    """Draws the score (lower is better, nats a token) against the rank, a line for each learning rate.
+
+    Args:
+        points: learning rate, rank and score of each run; runs that share rate and rank give the line their mean.
+        target: the PNG file.
+    """
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    ranks = sorted({rank for _, rank, _ in points})
+    for rate in sorted({rate for rate, _, _ in points}):
+        scores = {rank: [score for r, k, score in points if (r, k) == (rate, rank)] for rank in ranks}
+        means = [(rank, sum(found) / len(found)) for rank, found in scores.items() if found]
+        axes.plot(*zip(*means, strict=True), "o-", label=f"{rate:g}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.minorticks_off()
+    axes.set_xlabel("rank (lora.r)")
+    axes.set_ylabel("loss on answers (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="learning rate", frameon=False)
     draft = target.with_name(f".{target.name}")
     figure.savefig(draft, format="png")
     draft.replace(target)
