@@ -23,6 +23,8 @@ from intern.paths import CONF_DIR
 
 log = logging.getLogger(__name__)
 
+WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # asked before main() sets it for Hydra's own errors
+
 
 def command(
     config_name: str, free_text: tuple[str, ...] = ()
@@ -33,7 +35,6 @@ def command(
         config_name: the primary config.
         free_text: keys whose values are a person's words: they need no quoting against Hydra's grammar beyond the shell's.
     """
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
@@ -43,7 +44,7 @@ def command(
                 return task(cfg)
             except Exception as error:  # whatever it is, its traceback belongs into the job's log: nothing is swallowed
                 # Said here, where the job's own log file is open.
-                if wants_traceback:
+                if WANTS_TRACEBACK:
                     log.exception("%s", type(error).__name__)
                 elif sweep.folder(HydraConfig.get()) is not None:
                     log.error("%s", one_line(error))
@@ -63,11 +64,12 @@ def command(
         @functools.wraps(task)
         def main() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its own errors on instead of printing them
+            sweep.failures.clear()
             sys.argv[1:] = [_quoted(argument, free_text) for argument in sys.argv[1:]]
             try:
                 job()
             except (HydraException, OmegaConfBaseException) as error:
-                if wants_traceback:
+                if WANTS_TRACEBACK:
                     raise
                 sys.stderr.write(_composition_fault(error) + "\n")
                 sys.exit(2)

@@ -7,8 +7,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
-def plot_loss(history: list[dict[str, Any]], target: Path) -> None:
-    """Draws training loss and, where it was measured during training, the golden rows' loss against optimizer steps (nats a token)."""
+def plot_loss(history: list[dict[str, Any]], target: Path, best_step: int | None = None) -> None:
+    """Draws training loss and, where it was measured during training, the golden rows' loss against optimizer steps (nats a token).
+
+    The token F1 of answers, where it was measured, has the scale on the right; a line stands at the step whose weights were kept.
+    """
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -16,13 +19,25 @@ def plot_loss(history: list[dict[str, Any]], target: Path) -> None:
         points = [(entry["optimizer_steps"], entry[name]) for entry in history if isinstance(entry.get(name), float)]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
+    handles, answers = list(axes.lines), [entry for entry in history if "eval_f1" in entry]
+    if answers:
+        right = axes.twinx()
+        steps, scores = [entry["optimizer_steps"] for entry in answers], [entry["eval_f1"] for entry in answers]
+        handles += right.plot(steps, scores, "s--", color="tab:green", label="golden answers, token F1")
+        right.set_ylabel("token F1")
+        right.set_ylim(bottom=0)
+        right.spines["top"].set_visible(False)
+    best = next((entry for entry in history if entry["step"] == best_step), None)
+    if best is not None:
+        label = f"kept: step {best_step}"
+        handles.append(axes.axvline(best["optimizer_steps"], color="0.4", linestyle=":", label=label))
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("loss on answers (nats a token)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        axes.legend(frameon=False)
+    if handles:
+        axes.legend(handles=handles, frameon=False)
     draft = target.with_name(f".{target.name}")
     figure.savefig(draft, format="png")
     draft.replace(target)

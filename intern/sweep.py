@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 log_file = logging.getLogger("intern.log_file")  # conf/hydra/job_logging/run.yaml: not to the terminal
 
 
-def folder(hydra: DictConfig) -> Path | None:
+def folder(hydra: HydraConf) -> Path | None:
     """The folder of the sweep that a run belongs to, None for a single run.
 
     A job may have a process of its own, where it is a run like any other: what tells is that its folder lies in the sweep's.
@@ -65,7 +66,7 @@ def note(job: int, overrides: Sequence[str], reason: str, bad_input: bool) -> No
     failures.append(Failure(job, " ".join(own), reason, bad_input))
 
 
-def stopped(hydra: DictConfig) -> None:
+def stopped(hydra: HydraConf) -> None:
     """Says how a sweep that was interrupted goes on."""
     log.warning(
         "sweep stopped at job %d: the same command with hydra.sweep.dir=%s goes on", hydra.job.num, hydra.sweep.dir
@@ -83,8 +84,9 @@ def release_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed between blocks that are in use
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # glibc keeps what was freed between blocks that are in use
 
 
 class Sweep(Callback):
@@ -102,7 +104,9 @@ class Sweep(Callback):
 
             best = min(runs, key=Run.score)
             plot_sweep([_point(run) for run in runs], folder / "sweep.png")
-            log.info("%d finished runs in %s; the best: %s, score %.4f", len(runs), folder, best.path.name, best.score())
+            log.info(
+                "%d finished runs in %s; the best: %s, score %.4f", len(runs), folder, best.path.name, best.score()
+            )
         for failure in failures:
             log.error("%s", failure)
 
