@@ -238,13 +238,25 @@ class SlurmLauncher(CommandLauncher):
             raise UserError("hydra/launcher=slurm needs submitit: pip install 'intern[slurm]'") from error
         folder = Path(str(self.config.hydra.sweep.dir)).absolute() / ".submitit"
         try:
-            executor = submitit.AutoExecutor(folder / "%j", self.cluster, slurm_max_num_timeout=self.max_num_timeout)
+            executor = submitit.AutoExecutor(folder, self.cluster, slurm_max_num_timeout=self.max_num_timeout)
             executor.update_parameters(**self.parameters)
         except (NameError, RuntimeError, AssertionError, ValueError) as error:
             raise UserError(f"hydra.launcher: {' '.join(str(error).split())}") from error
         submitted = executor.submit_array([SlurmJob(job.command) for job in jobs])
         for job, remote in zip(jobs, submitted, strict=True):
-            log.info("\t#%d is SLURM's %s : %s", job.number, remote.job_id, " ".join(filter_overrides(job.overrides)))
+            log.info(
+                "\t#%d in the queue as %s : %s", job.number, remote.job_id, " ".join(filter_overrides(job.overrides))
+            )
+        try:
+            self._wait(jobs, submitted)
+        except KeyboardInterrupt:
+            names = " ".join(one.job_id for one in submitted)
+            log.warning("not waiting any more; scancel ends what is in the queue: %s", names)
+            raise
+
+    def _wait(self, jobs: list[Job], submitted: list[Any]) -> None:
+        import submitit
+
         for job, remote in zip(jobs, submitted, strict=True):
             try:
                 job.exit_code = remote.result()

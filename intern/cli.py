@@ -68,7 +68,7 @@ def command(
             sys.argv[1:] = [_quoted(argument, free_text) for argument in sys.argv[1:]]
             try:
                 job()
-            except (HydraException, OmegaConfBaseException) as error:
+            except (HydraException, OmegaConfBaseException, UserError) as error:
                 if WANTS_TRACEBACK:
                     raise
                 sys.stderr.write(_composition_fault(error) + "\n")
