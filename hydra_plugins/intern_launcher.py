@@ -9,6 +9,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ class CommandLauncher(Launcher):
         place = ["hydra.mode=RUN", f"hydra.run.dir={_quoted(run.path)}", f"hydra.sweep.dir={_quoted(sweep_dir)}"]
         inherited = [one for one in self.config.hydra.overrides.hydra if not one.startswith("hydra.sweep")]
         command = [sys.executable, "-m", "intern.train", *more, *overrides, *inherited, *place]
+        sweep.jobs[number] = overrides
         return Job(number, overrides, run, command), config
 
     def _result(self, job: Job, config: DictConfig) -> JobReturn:
@@ -104,7 +106,7 @@ class CommandLauncher(Launcher):
         if (failure := job.failure()) is None:
             score = job.run.score()
         else:
-            sweep.note(job.number, job.overrides, failure, bad_input=job.exit_code == 2)
+            sweep.failures.append(sweep.Failure(job.number, failure, bad_input=job.exit_code == 2))
         task_cfg = copy.deepcopy(config)
         with open_dict(task_cfg):
             del task_cfg["hydra"]
@@ -211,14 +213,18 @@ class SlurmJob:
         # A group of its own: the warning's signal, which goes to all, would end it before it has saved.
         self.process = subprocess.Popen(self.command, process_group=0)
         signal.signal(signal.SIGTERM, lambda number, frame: self.process.send_signal(number))
-        return self.process.wait()
+        # In a thread: signal handlers interrupt the main one, and two waits in one thread would lock each other out.
+        self.waiting = threading.Thread(target=self.process.wait)
+        self.waiting.start()
+        self.waiting.join()
+        return self.process.returncode
 
     def checkpoint(self) -> Any:
         """Called by submitit at the warning; what it returns is put into the queue."""
         from submitit.helpers import DelayedSubmission
 
         self.process.terminate()
-        self.process.wait()
+        self.waiting.join()
         return DelayedSubmission(SlurmJob(self.command))
 
 

@@ -64,7 +64,6 @@ def command(
         @functools.wraps(task)
         def main() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its own errors on instead of printing them
-            sweep.failures.clear()
             sys.argv[1:] = [_quoted(argument, free_text) for argument in sys.argv[1:]]
             try:
                 job()

@@ -6,7 +6,6 @@ import logging
 import math
 import sys
 import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,35 +34,31 @@ def folder(hydra: HydraConf) -> Path | None:
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that failed: its number, what sets it apart from the others, why it failed, and whether its input was at fault."""
+    """A job that failed: its number, why, and whether its input was at fault."""
 
     job: int
-    overrides: str
     reason: str
     bad_input: bool
 
     def __str__(self) -> str:
-        return f"job {self.job} ({self.overrides}) failed: {self.reason}"
+        everywhere = set.intersection(*map(set, jobs.values())) if len(jobs) > 1 else set()
+        own = " ".join(override for override in jobs[self.job] if override not in everywhere)
+        return f"job {self.job} ({own}) failed: {self.reason}"
 
 
-failures: list[Failure] = []  # of the sweep that this process conducts
+# Of the sweep that this process conducts.
+jobs: dict[int, list[str]] = {}  # the overrides of each job so far
+failures: list[Failure] = []
 
 
 def failed(error: Exception) -> float:
     """Notes that the job that runs now has failed, lets go of all it held, and gives it a score that is never the best."""
-    hydra = HydraConfig.get()
-    note(hydra.job.num, hydra.overrides.task, one_line(error), isinstance(error, UserError))
+    failures.append(Failure(HydraConfig.get().job.num, one_line(error), isinstance(error, UserError)))
     link: BaseException | None = error
     while link is not None:  # the frames of a traceback keep the model alive
         traceback.clear_frames(link.__traceback__)
         link = link.__cause__ or link.__context__
     return math.nan
-
-
-def note(job: int, overrides: Sequence[str], reason: str, bad_input: bool) -> None:
-    """Keeps a failure for the sweep's end; of the overrides those that are not the whole sweep's."""
-    own = [override for override in overrides if override not in sys.argv] or list(overrides)
-    failures.append(Failure(job, " ".join(own), reason, bad_input))
 
 
 def stopped(hydra: HydraConf) -> None:
@@ -91,6 +86,10 @@ def release_memory() -> None:
 
 class Sweep(Callback):
     """hydra.callbacks: after each job its memory goes; after the last one come the picture, the best job and the failures."""
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.hydra.mode == RunMode.MULTIRUN:
+            jobs[config.hydra.job.num] = list(config.hydra.overrides.task)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
