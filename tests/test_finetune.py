@@ -145,9 +145,17 @@ def test_training_stops_early_but_not_before_the_least_number_of_steps(tmp_path)
     assert (metrics["optimizer_steps"], metrics["best_step"]) == (6, 2)
 
 
-def test_early_stopping_keeps_its_count_over_a_resume(tmp_path):
+@pytest.fixture
+def few_golden_rows(rows_file):
+    """Evaluations that take no time."""
+    lines = (ROOT / "data" / "golden_test_set.jsonl").read_text(encoding="utf-8").splitlines()
+    return f"data.eval_file={rows_file(*lines[:6], name='golden.jsonl')}"
+
+
+def test_early_stopping_keeps_its_count_over_a_resume(tmp_path, few_golden_rows):
     overrides = [
         *SCORED,
+        few_golden_rows,
         "trainer.save_total_limit=null",
         "trainer.learning_rate=0",
         "trainer.early_stopping_patience=3",
@@ -168,16 +176,16 @@ def test_early_stopping_keeps_its_count_over_a_resume(tmp_path):
         assert (steps.count(8), max(steps)) == (3, 8), killed  # loss, evaluation, early stop
 
 
-def test_the_best_checkpoint_may_be_that_of_the_best_answers(tmp_path):
-    asked = ["trainer.metric_for_best_model=eval_f1", "trainer.eval_answers=6", "trainer.learning_rate=1e-2"]
-    run = train(tmp_path / "run", *SCORED, *asked)
+def test_the_best_checkpoint_may_be_that_of_the_best_answers(tmp_path, few_golden_rows):
+    plain = [*SCORED, few_golden_rows, "trainer.learning_rate=1e-2", "trainer.eval_steps=4", "trainer.save_steps=4"]
+    run = train(tmp_path / "run", *plain, "trainer.metric_for_best_model=eval_f1", "trainer.eval_answers=3")
     metrics = run.read_json(run.metrics)
     scores = {entry["step"]: entry["eval_f1"] for entry in run.read_history() if "eval_f1" in entry}
-    assert sorted(scores) == [2, 4, 6, 8, 10, 12] and all(0 <= score <= 1 for score in scores.values())
-    assert len(set(scores.values())) > 2
+    assert sorted(scores) == [4, 8, 12] and all(0 <= score <= 1 for score in scores.values())
+    assert len(set(scores.values())) > 1
     assert metrics["best_step"] == max(scores, key=lambda step: scores[step])  # the first of equals
     assert metrics["best_metric"] == max(scores.values())
-    unasked = train(tmp_path / "unasked", *SCORED, "trainer.learning_rate=1e-2")
+    unasked = train(tmp_path / "unasked", *plain)
     assert not any("eval_f1" in entry for entry in unasked.read_history())
     losses = [[entry["loss"] for entry in one.read_history() if "loss" in entry] for one in (run, unasked)]
     assert losses[0] == losses[1]  # generating answers leaves training as it was
