@@ -31,7 +31,7 @@ class OptunaSweeper(Sweeper):
         self.params = params if params is not None else OmegaConf.create({})
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context = hydra_context
+        self.hydra_context = hydra_context
         self.config = config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -43,7 +43,8 @@ class OptunaSweeper(Sweeper):
             import optuna
         except ImportError as error:
             raise UserError("hydra/sweeper=optuna needs Optuna: pip install 'intern[optuna]'") from error
-        fixed, space = self._split(arguments)
+        assert self.hydra_context is not None and self.config is not None and self.launcher is not None
+        fixed, space = self._split(arguments, OverridesParser.create(config_loader=self.hydra_context.config_loader))
         folder = Path(str(self.config.hydra.sweep.dir))
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
@@ -53,7 +54,6 @@ class OptunaSweeper(Sweeper):
             trials = [study.ask(space) for _ in range(min(self.n_jobs, self.n_trials - first))]
             jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in trials]
             self.validate_batch_is_legal(jobs)
-            assert self.launcher is not None
             for trial, done in zip(trials, self.launcher.launch(jobs, first), strict=True):
                 score = float(done.return_value)  # NaN: the job has failed
                 if math.isnan(score):
@@ -61,9 +61,10 @@ class OptunaSweeper(Sweeper):
                 else:
                     study.tell(trial, score)
 
-    def _split(self, arguments: Sequence[str]) -> tuple[list[str], "dict[str, BaseDistribution]"]:
+    def _split(
+        self, arguments: Sequence[str], parser: OverridesParser
+    ) -> tuple[list[str], "dict[str, BaseDistribution]"]:
         """The overrides that stay, and what is searched; of two for one key the later counts."""
-        parser = OverridesParser.create(config_loader=self.context.config_loader)
         given = [*(f"{key!s}={values}" for key, values in self.params.items()), *arguments]
         overrides = {override.get_key_element(): override for override in parser.parse_overrides(given)}
         searched = {key: _distribution(one) for key, one in overrides.items() if one.is_sweep_override()}

@@ -6,6 +6,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+_MOST_LINES = 8  # that can be told apart
+
 
 def plot_loss(history: list[dict[str, Any]], target: Path, best_step: int | None = None) -> None:
     """Draws training loss and, where it was measured during training, the golden rows' loss against optimizer steps (nats a token).
@@ -44,7 +46,7 @@ def plot_loss(history: list[dict[str, Any]], target: Path, best_step: int | None
 
 
 def plot_sweep(points: list[tuple[float, int, float]], target: Path) -> None:
-    """Draws the score (lower is better, nats a token) against the rank, a line for each learning rate.
+    """Draws the score (lower is better, nats a token) against the rank, a line for each learning rate; of many rates, coloured points.
 
     Args:
         points: learning rate, rank and score of each run; runs that share rate and rank give the line their mean.
@@ -54,10 +56,16 @@ def plot_sweep(points: list[tuple[float, int, float]], target: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     ranks = sorted({rank for _, rank, _ in points})
-    for rate in sorted({rate for rate, _, _ in points}):
-        scores = {rank: [score for r, k, score in points if (r, k) == (rate, rank)] for rank in ranks}
-        means = [(rank, sum(found) / len(found)) for rank, found in scores.items() if found]
-        axes.plot(*zip(*means, strict=True), "o-", label=f"{rate:g}")
+    rates = sorted({rate for rate, _, _ in points})
+    if len(rates) <= _MOST_LINES:
+        for rate in rates:
+            scores = {rank: [score for r, k, score in points if (r, k) == (rate, rank)] for rank in ranks}
+            means = [(rank, sum(found) / len(found)) for rank, found in scores.items() if found]
+            axes.plot(*zip(*means, strict=True), "o-", label=f"{rate:g}")
+        axes.legend(title="learning rate", frameon=False)
+    else:
+        colours, along, scored = zip(*points, strict=True)
+        figure.colorbar(axes.scatter(along, scored, c=colours, norm="log"), label="learning rate")
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.minorticks_off()
@@ -65,7 +73,6 @@ def plot_sweep(points: list[tuple[float, int, float]], target: Path) -> None:
     axes.set_ylabel("loss on answers (nats a token)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="learning rate", frameon=False)
     draft = target.with_name(f".{target.name}")
     figure.savefig(draft, format="png")
     draft.replace(target)

@@ -167,6 +167,6 @@ def test_nothing_that_a_run_keeps_of_its_configuration_names_code():
     # What a run keeps is the configuration without its hydra node, to which launchers and callbacks belong.
     assert named == {
         CONF_DIR / "train.yaml",
-        *(CONF_DIR / "hydra/launcher" / f"{name}.yaml" for name in ("process", "slurm")),
+        *(CONF_DIR / f"hydra/{name}.yaml" for name in ("launcher/process", "launcher/slurm", "sweeper/optuna")),
     }
     assert "_target_" not in OmegaConf.to_yaml(composed("experiment=rank_sweep", "hydra/launcher=gpus"))

@@ -108,9 +108,10 @@ def test_a_sweep_ends_with_a_picture(sweep, tmp_path):
     folder, _ = sweep
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     points = [(1e-3, 8, 2.0), (1e-3, 16, 1.5), (2e-3, 8, 1.8), (2e-3, 16, 1.7)]
-    plot_sweep(points, tmp_path / "all.png")
-    plot_sweep(points[:3], tmp_path / "fewer.png")
-    assert (tmp_path / "all.png").read_bytes() != (tmp_path / "fewer.png").read_bytes()
+    searched = [(1e-4 * 1.5**trial, 2 ** (2 + trial % 3), 3 - trial / 10) for trial in range(12)]
+    for name, shown in (("all", points), ("fewer", points[:3]), ("searched", searched)):
+        plot_sweep(shown, tmp_path / f"{name}.png")
+    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 3
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(sweep, tmp_path):
@@ -207,6 +208,41 @@ def test_the_rank_sweep_goes_on_top_of_any_other_experiment():
             cfg = compose("train", overrides=[f"experiment=[{order}]"], return_hydra_config=True)
             assert cfg.hydra.mode.name == "MULTIRUN" and cfg.trainer.max_steps == 160
             assert set(cfg.hydra.sweeper.params) == {"lora.r", "trainer.learning_rate"}
+
+
+SEARCHED = """
+import math, os, hydra
+from intern.paths import CONF_DIR
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")
+def task(cfg):
+    print("tried", cfg.lora.r, cfg.trainer.learning_rate)
+    return math.nan if cfg.lora.r == 4 else float(os.environ["SIGN"]) * math.log10(cfg.trainer.learning_rate)
+
+task()
+"""
+
+
+def test_a_search_goes_by_the_scores_and_past_failures_and_by_its_seed(tmp_path):
+    (tmp_path / "task.py").write_text(SEARCHED)
+    space = ["lora.r=4,8,16", "trainer.learning_rate=tag(log,interval(1e-5,1e-1))"]
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=12", "hydra.sweeper.n_jobs=2", "hydra.output_subdir=null"]
+    tried = {}
+    for sign in ("-1", "+1"):
+        line = [sys.executable, "task.py", "--multirun", *search, *space, "hydra.sweep.dir=sweep"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "SIGN": sign}
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True, env=environment)
+        tried[sign] = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("tried")]
+    assert len(tried["+1"]) == len(tried["-1"]) == 12
+    assert tried["+1"][:10] == tried["-1"][:10]  # drawn by the seed
+    assert tried["+1"][10:] != tried["-1"][10:]  # chosen by the scores
+    assert {rank for rank, _ in tried["+1"]} == {"4", "8", "16"}  # "4" fails
+
+
+def test_a_search_for_nothing_says_so_in_one_line(tmp_path):
+    done = command("intern.train", "--multirun", "hydra/sweeper=optuna", f"hydra.sweep.dir={tmp_path}", check=False)
+    assert done.returncode == 2 and done.stderr.startswith("hydra/sweeper=optuna: nothing to search; give lora.r=")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_failed_job_lets_go_of_what_its_frames_held(monkeypatch):
