@@ -217,7 +217,8 @@ from intern.paths import CONF_DIR
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")
 def task(cfg):
     print("tried", cfg.lora.r, cfg.trainer.learning_rate)
-    return math.nan if cfg.lora.r == 4 else float(os.environ["SIGN"]) * math.log10(cfg.trainer.learning_rate)
+    rate = cfg.trainer.learning_rate
+    return math.nan if rate < 1e-4 else float(os.environ["SIGN"]) * math.log10(rate)
 
 task()
 """
@@ -226,17 +227,17 @@ task()
 def test_a_search_goes_by_the_scores_and_past_failures_and_by_its_seed(tmp_path):
     (tmp_path / "task.py").write_text(SEARCHED)
     space = ["lora.r=4,8,16", "trainer.learning_rate=tag(log,interval(1e-5,1e-1))"]
-    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=12", "hydra.sweeper.n_jobs=2", "hydra.output_subdir=null"]
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=16", "hydra.sweeper.n_jobs=2", "hydra.output_subdir=null"]
     tried = {}
     for sign in ("-1", "+1"):
         line = [sys.executable, "task.py", "--multirun", *search, *space, "hydra.sweep.dir=sweep"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "SIGN": sign}
         done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True, env=environment)
         tried[sign] = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("tried")]
-    assert len(tried["+1"]) == len(tried["-1"]) == 12
+    assert len(tried["+1"]) == len(tried["-1"]) == 16
     assert tried["+1"][:10] == tried["-1"][:10]  # drawn by the seed
     assert tried["+1"][10:] != tried["-1"][10:]  # chosen by the scores
-    assert {rank for rank, _ in tried["+1"]} == {"4", "8", "16"}  # "4" fails
+    assert any(float(rate) < 1e-4 for _, rate in tried["+1"][:10])  # one that fails
 
 
 def test_a_search_for_nothing_says_so_in_one_line(tmp_path):
