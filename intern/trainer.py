@@ -278,6 +278,7 @@ class History(TrainerCallback):
             "optimizer_steps": self.steps.taken,
             "skipped_steps": self.steps.skipped,
         } | logs
+        self._since += logs.get("eval_runtime", 0.0)  # an evaluation is no time in which tokens are trained
         if "loss" in logs:
             now, tokens = time.monotonic(), state.num_input_tokens_seen
             entry["tokens_per_second"] = round((tokens - self._tokens) / max(now - self._since, 1e-9), 1)
