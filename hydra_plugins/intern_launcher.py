@@ -50,7 +50,7 @@ class Job:
         if self.exit_code < 0:
             name = signal.Signals(-self.exit_code).name
             return f"killed by {name}" + (" (host memory?)" if name == "SIGKILL" else "")
-        if self.exit_code > 128:
+        if self.exit_code - 128 in list(signal.Signals):
             return f"interrupted by {signal.Signals(self.exit_code - 128).name}: the same sweep goes on from there"
         with contextlib.suppress(UserError):  # an interpreter that could not start, say, has left no failure.json
             return str(self.run.read_json(self.run.failure)["error"])
