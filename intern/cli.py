@@ -17,10 +17,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from intern.errors import RunError, UserError
+from intern import sweep
+from intern.errors import RunError, UserError, one_line
 from intern.paths import CONF_DIR
 
 log = logging.getLogger(__name__)
+
+WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # asked before main() sets it for Hydra's own errors
 
 
 def command(
@@ -32,26 +35,31 @@ def command(
         config_name: the primary config.
         free_text: keys whose values are a person's words: they need no quoting against Hydra's grammar beyond the shell's.
     """
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        said: list[Exception] = []  # errors of a sweep's jobs, each in its job's log already
-
         @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
         @functools.wraps(task)
         def job(cfg: DictConfig) -> Any:
             try:
                 return task(cfg)
             except Exception as error:  # whatever it is, its traceback belongs into the job's log: nothing is swallowed
-                # Said here, where the job's own log file is open; a sweep goes on to mark the job as failed.
-                if isinstance(error, UserError | RunError) and not wants_traceback:
+                # Said here, where the job's own log file is open.
+                if WANTS_TRACEBACK:
+                    log.exception("%s", type(error).__name__)
+                elif sweep.folder(HydraConfig.get()) is not None:
+                    log.error("%s", one_line(error))
+                    sweep.log_file.error("its traceback:", exc_info=error)
+                elif isinstance(error, UserError | RunError):
                     log.error("%s", error)
                 else:
                     log.exception("%s", type(error).__name__)
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    said.append(error)
-                    raise
+                    return sweep.failed(error)  # the other jobs go on
                 sys.exit(2 if isinstance(error, UserError) else 1)
+            except (KeyboardInterrupt, SystemExit):
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    sweep.stopped(HydraConfig.get())
+                raise
 
         @functools.wraps(task)
         def main() -> None:
@@ -59,17 +67,15 @@ def command(
             sys.argv[1:] = [_quoted(argument, free_text) for argument in sys.argv[1:]]
             try:
                 job()
-            except (HydraException, OmegaConfBaseException) as error:
-                if wants_traceback:
+            except (HydraException, OmegaConfBaseException, UserError) as error:
+                if WANTS_TRACEBACK:
                     raise
                 sys.stderr.write(_composition_fault(error) + "\n")
                 sys.exit(2)
             except KeyboardInterrupt:
                 sys.exit(130)
-            except Exception as error:  # a sweep's job may fail with anything; what no job has said goes on as it is
-                if error not in said:
-                    raise
-                sys.exit(2 if isinstance(error, UserError) else 1)
+            if sweep.failures:
+                sys.exit(sweep.exit_code())
 
         return main
 

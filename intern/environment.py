@@ -1,5 +1,6 @@
 """What a run ran on: versions, hardware, code and data, for environment.json."""
 
+import os
 import platform
 import resource
 import subprocess
@@ -37,6 +38,7 @@ def describe(files: list[DataFile]) -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "gpu": _gpu(),
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "git": _git(),
         "data": {str(file.path): file.sha256 for file in files},
         "command": sys.argv,

@@ -7,3 +7,9 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on although its input is good. The message says what happened and what to do, in one line."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line; the name of its class before it where the message alone was not written for users."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -1,5 +1,6 @@
 """A configuration and an empty run directory -> a finished run: the whole story of a training run, cheap checks first."""
 
+import functools
 import gc
 import logging
 import math
@@ -15,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from peft import LoraConfig
 from transformers import (
     BitsAndBytesConfig,
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -36,6 +36,7 @@ from intern.precision import Precision, plan_training
 from intern.prompt import Prompt
 from intern.quant import build_quant
 from intern.run import SCHEMA_VERSION, Run
+from intern.scoring import token_f1
 from intern.tracking import Tracker, check_logger, tracking
 from intern.trainer import (
     AUTO,
@@ -43,6 +44,7 @@ from intern.trainer import (
     InternTrainer,
     Interruption,
     OptimizerSteps,
+    Patience,
     StepRules,
     build_rules,
     build_training_args,
@@ -89,6 +91,8 @@ class Plan:
 def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
     """Trains an adapter as `cfg` says and fills `run`; a run directory that an interruption left with checkpoints is gone on with.
 
+    A job of a sweep whose run directory is finished already is not run again.
+
     Args:
         cfg: the composed conf/train.yaml.
         run: where everything is written.
@@ -104,12 +108,15 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
     """
     route_messages()
     _forget_the_job_before()
-    if run.finished:
+    if run.finished and sweep is None:
         raise UserError(f"{run.path} holds a finished run: take another hydra.run.dir")
     plan = _plan(cfg, run)
-    log.info("%s", plan.precision)
     cfg = _with_absolute_paths(cfg, plan)
     _check_same(cfg, run, plan)
+    if run.finished:
+        log.info("%s is finished, score %.4f: not run again", run.path, run.score())
+        return run.score()
+    log.info("%s", plan.precision)
     with tracking(plan.logger, cfg, run, _open(run, cfg, plan), sweep) as tracker:
         model, metrics = _train(plan.base.load(plan.quant, plan.precision), run, plan, tracker)
         with run.new_adapter() as folder:
@@ -117,7 +124,7 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
             plan.tokenizer.save_pretrained(str(folder))
         metrics |= _evaluate(model, plan)
         tracker.report(run, metrics, _sample_answers(model, plan, tracker.sample_answers))
-        plot_loss(run.read_history(), run.loss_plot)
+        plot_loss(run.read_history(), run.loss_plot, metrics["best_step"])
         run.write_json(run.metrics, metrics | peak_memory())
     log.info("saved %s", run.path)
     return run.score()
@@ -183,7 +190,7 @@ def _plan(cfg: DictConfig, run: Run) -> Plan:
 
 def _check_same(cfg: DictConfig, run: Run, plan: Plan) -> None:
     """Raises UserError where a run directory that is gone on with was begun with another configuration or other data."""
-    if run.last_checkpoint() is None:
+    if run.last_checkpoint() is None and not run.finished:
         return
     ours, theirs = _flat(cfg), _flat(run.read_config())
     for key in sorted(ours.keys() | theirs.keys()):
@@ -225,11 +232,12 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
     interruption = Interruption()
     history = History(run, steps, tracker.log)
     memory = FitMemory()
-    stopping = []
+    patience = None
     if plan.rules.early_stopping_patience is not None:
-        stopping.append(EarlyStoppingCallback(plan.rules.early_stopping_patience))
+        patience = Patience(plan.rules.early_stopping_patience, steps)
     trainer = InternTrainer(
         rules=plan.rules,
+        answers_f1=functools.partial(_answers_f1, plan=plan) if plan.rules.eval_answers else None,
         model=model,
         args=plan.args,
         train_dataset=plan.train.rows,
@@ -237,7 +245,13 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
         processing_class=plan.tokenizer,
         peft_config=plan.lora,
         # A skipped step takes back the stop at max_steps, so `steps` follows what stops early and precedes what must stop.
-        callbacks=[*([memory] if plan.fits_memory else []), *stopping, steps, interruption, history],
+        callbacks=[
+            *([memory] if plan.fits_memory else []),
+            *([patience] if patience else []),
+            steps,
+            interruption,
+            history,
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     memory.trainer = trainer
@@ -260,6 +274,8 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
             run.path,
         )
         sys.exit(128 + interruption.signal)
+    if patience is not None and patience.stopped:
+        _note_early_stop(run, trainer, steps)
     losses = [entry["loss"] for entry in run.read_history() if isinstance(entry.get("loss"), float)]
     tokens = trainer.state.num_input_tokens_seen
     return trainer.model, {
@@ -267,6 +283,7 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
         "optimizer_steps": steps.taken,
         "skipped_steps": steps.skipped,
         "best_step": _best_step(trainer),
+        "best_metric": trainer.state.best_metric if _best_step(trainer) is not None else None,
         "train_loss": sum(losses) / len(losses) if losses else result.training_loss,
         "train_seconds": round(steps.seconds, 1),
         "train_tokens": tokens,
@@ -277,6 +294,22 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
         "dropped_rows": len(plan.train.dropped),
         "shortened_rows": plan.train.shortened,
     }
+
+
+def _note_early_stop(run: Run, trainer: InternTrainer, steps: OptimizerSteps) -> None:
+    """A last line in history.jsonl, once: a run that was killed after it has it already."""
+    state, metric = trainer.state, trainer.args.metric_for_best_model
+    log.info("stopped early at step %d: %s is best at step %s", state.global_step, metric, state.best_global_step)
+    entry = {
+        "step": state.global_step,
+        "optimizer_steps": steps.taken,
+        "skipped_steps": steps.skipped,
+        "stopped_early": True,
+        "best_step": state.best_global_step,
+        "best_metric": state.best_metric,
+    }
+    if not any("stopped_early" in line for line in run.read_history()):
+        run.append_history(entry)
 
 
 def _best_step(trainer: InternTrainer) -> int | None:
@@ -302,17 +335,29 @@ def _evaluate(model: Any, plan: Plan) -> dict[str, Any]:
 
 
 def _sample_answers(model: Any, plan: Plan, count: int) -> list[dict[str, str]]:
-    """Some golden questions, evenly spread over the file, with the reference and the model's answer."""
+    """Some golden questions with the reference and the model's answer, for the tracker."""
     if plan.eval_rows is None or not count:
         return []
     log.info("answering %d golden questions", min(count, len(plan.eval_rows)))
+    return _answered(model, plan, count, batch_size=count)
+
+
+def _answers_f1(model: Any, plan: Plan) -> float:
+    """The mean token F1 of the answers to trainer.eval_answers golden questions."""
+    answered = _answered(model, plan, plan.rules.eval_answers, plan.args.per_device_eval_batch_size)
+    return sum(token_f1(row["answer"], row["reference"]) for row in answered) / len(answered)
+
+
+def _answered(model: Any, plan: Plan, count: int, batch_size: int) -> list[dict[str, str]]:
+    """Some golden questions, evenly spread over the file, with the reference and the model's answer."""
+    assert plan.eval_rows is not None
     chosen = plan.eval_rows.select(range(0, len(plan.eval_rows), max(1, len(plan.eval_rows) // count))).select(
         range(min(count, len(plan.eval_rows)))
     )
     questions = list(chosen["question"])
     materials = list(chosen["chunk_text"]) if plan.prompt.scores_with_material else None
     generation = build_generation({"max_new_tokens": _SAMPLE_TOKENS, "do_sample": False}, plan.prompt, plan.tokenizer)
-    answers = generate(model, plan.tokenizer, plan.prompt, generation, questions, materials, batch_size=count)
+    answers = generate(model, plan.tokenizer, plan.prompt, generation, questions, materials, batch_size)
     return [
         {"question": question, "reference": reference, "answer": answer}
         for question, reference, (answer, _) in zip(questions, chosen["answer"], answers, strict=True)

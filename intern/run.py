@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from intern.errors import UserError
+from intern.errors import UserError, one_line
 
 SCHEMA_VERSION = 1
 RUN_ROOTS = ("outputs", "multirun")  # where Hydra puts runs, in the working directory
@@ -61,6 +61,10 @@ class Run:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation"
+
+    @property
+    def failure(self) -> Path:
+        return self.path / "failure.json"
 
     @property
     def finished(self) -> bool:
@@ -147,6 +151,26 @@ class Run:
             shutil.rmtree(self.adapter)
         draft.rename(self.adapter)
 
+    @contextlib.contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        """failure.json says why the last attempt in this folder failed; there is none where it did not."""
+        self.failure.unlink(missing_ok=True)
+        try:
+            yield
+        except Exception as error:  # of whatever kind: it goes on to whoever shows it
+            code = 2 if isinstance(error, UserError) else 1
+            with contextlib.suppress(OSError):  # a full disk may be what went wrong
+                self.write_json(self.failure, {"exit_code": code, "error": one_line(error)})
+            raise
+
+    def discard_failed_attempt(self) -> None:
+        """Takes away what a failed training would go on from, so that it begins anew. Bad input is found before training: it spoils nothing."""
+        if self.finished or not self.failure.is_file() or self.read_json(self.failure).get("exit_code") != 1:
+            return
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for file in (self.history, self.environment):  # the latter holds the id of the tracker's run, which has failed
+            file.unlink(missing_ok=True)
+
     def score(self) -> float:
         """What "best" compares, lower is better: the loss on the golden answers, or on the training rows where nothing was evaluated."""
         metrics = self.read_json(self.metrics)
@@ -167,7 +191,7 @@ def resolve(run_dir: str | Path, root: Path | None = None) -> Run:
     """
     root = root or Path.cwd()
     if str(run_dir) in ("latest", "best"):
-        runs = [run for name in RUN_ROOTS for run in _runs_below(root / name)]
+        runs = [run for name in RUN_ROOTS for run in runs_below(root / name)]
         if not runs:
             raise UserError(
                 f"run_dir={run_dir}: no finished run below {root}/outputs or {root}/multirun: train one, or give its path"
@@ -186,13 +210,14 @@ def resolve(run_dir: str | Path, root: Path | None = None) -> Run:
         return run
     if run.config.is_file():
         raise UserError(f"run_dir={run_dir}: this run is unfinished (no metrics.json)")
-    runs = list(_runs_below(path))
+    runs = list(runs_below(path))
     if not runs:
         raise UserError(f"run_dir={run_dir}: neither a run (no config.yaml) nor a folder of finished runs")
     return min(runs, key=Run.score)
 
 
-def _runs_below(folder: Path) -> Iterator[Run]:
+def runs_below(folder: Path) -> Iterator[Run]:
+    """The finished runs in a folder and its subfolders."""
     for metrics in sorted(folder.rglob("metrics.json")):
         if (run := Run(metrics.parent.resolve())).config.is_file():
             yield run

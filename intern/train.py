@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from intern import sweep
 from intern.cli import command
 from intern.run import Run
 
@@ -13,11 +13,14 @@ from intern.run import Run
 @command("train")
 def main(cfg: DictConfig) -> float:
     """Fine-tunes a model on question/answer rows with QLoRA."""
-    from intern.finetune import finetune  # heavy: keeps --help fast
-
     hydra = HydraConfig.get()
-    sweep = Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else None
-    return finetune(cfg, Run(Path(hydra.runtime.output_dir)), sweep)
+    run, folder = Run(Path(hydra.runtime.output_dir)), sweep.folder(hydra)
+    if folder is not None:
+        run.discard_failed_attempt()
+    with run.noting_failure():
+        from intern.finetune import finetune  # heavy: keeps --help fast
+
+        return finetune(cfg, run, folder.name if folder is not None else None)
 
 
 if __name__ == "__main__":

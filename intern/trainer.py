@@ -16,8 +16,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer
 
@@ -59,12 +60,21 @@ class StepRules:
     min_steps: int
     max_skipped_steps: int
     early_stopping_patience: int | None = None
+    eval_answers: int = 0  # in golden rows
 
 
 def build_rules(node: DictConfig) -> StepRules:
     """Raises UserError for a wrong type, a missing key, or a max_steps that contradicts min_steps."""
     values = plain(node)
     rules = build(StepRules, {name: values.get(name) for name in StepRules.__dataclass_fields__}, "trainer")
+    if rules.eval_answers < 0:
+        raise UserError(f"trainer.eval_answers={rules.eval_answers}: give the golden rows to answer, 0 for none")
+    if rules.eval_answers and values.get("eval_strategy", "no") == "no":
+        raise UserError(f"trainer.eval_answers={rules.eval_answers} needs trainer.eval_strategy=steps")
+    if str(values.get("metric_for_best_model")).removeprefix("eval_") == "f1" and not rules.eval_answers:
+        raise UserError(
+            "trainer.metric_for_best_model=eval_f1 needs trainer.eval_answers: golden rows to answer at each evaluation, such as 32"
+        )
     most = values.get("max_steps", -1)
     if isinstance(most, int) and 0 < most < rules.min_steps:
         raise UserError(
@@ -163,6 +173,34 @@ class OptimizerSteps(TrainerCallback, ExportableState):
             control.should_training_stop = False  # early stopping waits for min_steps
 
 
+class Patience(EarlyStoppingCallback):
+    """The library's early stopping, which would forget at a resume how long nothing has got better."""
+
+    def __init__(self, patience: int, steps: OptimizerSteps) -> None:
+        super().__init__(patience)
+        self.steps = steps
+        self.stopped = False
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        names = ("early_stopping_patience_counter", "stopped")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        stored: Any = state.stateful_callbacks  # a checkpoint's, where training goes on
+        for name, value in stored.get(type(self).__name__, self.state())["attributes"].items():
+            setattr(self, name, value)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        exhausted = self.early_stopping_patience_counter >= self.early_stopping_patience
+        self.stopped = exhausted and self.steps.taken >= self.steps.min_steps
+
+
 class Interruption(TrainerCallback):
     """Ctrl-C or SIGTERM: the step is finished, a checkpoint saved, training ends. A second Ctrl-C ends at once."""
 
@@ -241,6 +279,7 @@ class History(TrainerCallback):
             "optimizer_steps": self.steps.taken,
             "skipped_steps": self.steps.skipped,
         } | logs
+        self._since += logs.get("eval_runtime", 0.0)  # an evaluation is no time in which tokens are trained
         if "loss" in logs:
             now, tokens = time.monotonic(), state.num_input_tokens_seen
             entry["tokens_per_second"] = round((tokens - self._tokens) / max(now - self._since, 1e-9), 1)
@@ -259,7 +298,7 @@ class History(TrainerCallback):
         self._show(entry, state)
 
     def _show(self, entry: dict[str, Any], state: TrainerState) -> None:
-        shown = {"loss": ".3f", "eval_loss": ".3f", "tokens_per_second": ",.0f", "loss_scale": ".0f"}
+        shown = {"loss": ".3f", "eval_loss": ".3f", "eval_f1": ".3f", "tokens_per_second": ",.0f", "loss_scale": ".0f"}
         figures = "  ".join(
             f"{name.replace('tokens_per_second', 'tokens/s')} {entry[name]:{form}}"
             for name, form in shown.items()
@@ -292,12 +331,19 @@ def _is_bad(value: Any) -> bool:
 
 
 class InternTrainer(SFTTrainer):
-    """TRL's trainer with float32 adapters and at least `rules.min_steps` steps."""
+    """TRL's trainer with float32 adapters and at least `rules.min_steps` steps.
 
-    def __init__(self, rules: StepRules, **kwargs: Any) -> None:
+    Args:
+        rules: our own keys of conf/trainer.
+        answers_f1: a model -> the token F1 of its answers, which every evaluation then has as eval_f1.
+        kwargs: what SFTTrainer takes.
+    """
+
+    def __init__(self, rules: StepRules, answers_f1: Callable[[Any], float] | None = None, **kwargs: Any) -> None:
         self._min_steps = rules.min_steps
         self.step_back: Callable[[], None] | None = None  # makes room where GPU memory runs out, see intern/memory.py
         self._batches: list[dict[str, Any]] = []  # of the optimizer step that is under way
+        self._answers_f1 = answers_f1
         super().__init__(**kwargs)
         # TRL casts the adapters of a quantized model to bfloat16: fp16's GradScaler cannot unscale that, and small updates vanish in it.
         assert self.model is not None
@@ -336,6 +382,13 @@ class InternTrainer(SFTTrainer):
         self._metrics["train"].clear()
         self._total_train_tokens = 0
 
+    def evaluation_loop(self, *arguments: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The library's, before it logs and compares the figures."""
+        output = super().evaluation_loop(*arguments, **kwargs)
+        if self._answers_f1 is not None and output.metrics is not None:
+            output.metrics["eval_f1"] = self._answers_f1(self.model)
+        return output
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: the run directory itself says what was trained on what."""
 
@@ -349,4 +402,5 @@ class InternTrainer(SFTTrainer):
         epochs, batches = super()._init_training_state(max_steps, *arguments)
         stored: Any = self.state.stateful_callbacks
         skipped = stored.get("OptimizerSteps", {}).get("attributes", {}).get("skipped", 0)
-        return (sys.maxsize, 0) if self.state.global_step >= max_steps + skipped else (epochs, batches)
+        stopped = stored.get("Patience", {}).get("attributes", {}).get("stopped", False)
+        return (sys.maxsize, 0) if stopped or self.state.global_step >= max_steps + skipped else (epochs, batches)

@@ -45,7 +45,7 @@ def test_the_groups_have_the_promised_options():
     assert GROUPS["trainer"] == ["ampere", "cpu_min100", "t4_min100"]
     assert GROUPS["data"] == ["train_jsonl"]
     assert GROUPS["logger"] == ["none", "wandb"]
-    assert GROUPS["experiment"] == ["tiny_cpu"]
+    assert GROUPS["experiment"] == ["rank_sweep", "tiny_cpu"]
     assert GROUPS["generation"] == ["greedy", "sample"]
 
 
@@ -145,6 +145,9 @@ def test_every_model_group_names_a_model_and_only_known_keys(name):
         (lambda c, p: check_logger(c.logger), "logger.mode=sometimes", "logger.mode=sometimes"),
         (lambda c, p: check_logger(c.logger), "+logger.projct=x", "did you mean logger.project"),
         (lambda c, p: check_logger(c.logger), "logger.sample_answers=some", "logger.sample_answers=some"),
+        (lambda c, p: build_rules(c.trainer), "trainer.metric_for_best_model=eval_f1", "eval_f1 needs trainer.eval_answers"),
+        (lambda c, p: build_rules(c.trainer), "trainer.eval_answers=8", "eval_answers=8 needs trainer.eval_strategy"),
+        (lambda c, p: build_rules(c.trainer), "trainer.eval_answers=-1", "trainer.eval_answers=-1"),
         (training_args, "trainer.learning_rate=fast", "trainer.learning_rate='fast'"),
         (training_args, "+trainer.lr=1", "trainer.lr: unknown key"),
         (training_args, "+trainer.output_dir=x", "hydra.run.dir"),
@@ -159,6 +162,11 @@ def test_a_mistake_is_named_with_its_group_and_key(maker, override, message, tmp
     assert "\n" not in str(caught.value)
 
 
-def test_no_group_file_names_code():
-    for path in Path(CONF_DIR).rglob("*.yaml"):
-        assert "_target_" not in path.read_text(encoding="utf-8"), path
+def test_nothing_that_a_run_keeps_of_its_configuration_names_code():
+    named = {path for path in Path(CONF_DIR).rglob("*.yaml") if "_target_" in path.read_text(encoding="utf-8")}
+    # What a run keeps is the configuration without its hydra node, to which launchers and callbacks belong.
+    assert named == {
+        CONF_DIR / "train.yaml",
+        *(CONF_DIR / f"hydra/{name}.yaml" for name in ("launcher/process", "launcher/slurm", "sweeper/optuna")),
+    }
+    assert "_target_" not in OmegaConf.to_yaml(composed("experiment=rank_sweep", "hydra/launcher=gpus"))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from intern.errors import UserError
 from intern.finetune import finetune
 from intern.paths import CONF_DIR
+from intern.plot import plot_loss
 from intern.quant import build_quant
 from intern.run import Run
 
@@ -143,6 +145,59 @@ def test_training_stops_early_but_not_before_the_least_number_of_steps(tmp_path)
     assert (metrics["optimizer_steps"], metrics["best_step"]) == (6, 2)
 
 
+@pytest.fixture
+def few_golden_rows(rows_file):
+    """Evaluations that take no time."""
+    lines = (ROOT / "data" / "golden_test_set.jsonl").read_text(encoding="utf-8").splitlines()
+    return f"data.eval_file={rows_file(*lines[:6], name='golden.jsonl')}"
+
+
+def test_early_stopping_keeps_its_count_over_a_resume(tmp_path, few_golden_rows):
+    overrides = [
+        *SCORED,
+        few_golden_rows,
+        "trainer.save_total_limit=null",
+        "trainer.learning_rate=0",
+        "trainer.early_stopping_patience=3",
+        "trainer.min_steps=2",
+    ]
+    run = train(tmp_path / "run", *overrides)
+    whole = run.read_json(run.metrics)
+    assert (whole["optimizer_steps"], whole["best_step"]) == (8, 2)  # the first is the best, three more are no better
+    last = run.read_history()[-1]
+    assert (last["stopped_early"], last["step"], last["best_step"]) == (True, 8, 2)
+    for killed in ("before the last evaluation", "after it"):
+        run.metrics.unlink()
+        if killed == "before the last evaluation":
+            shutil.rmtree(run.checkpoints / "checkpoint-8")
+        again = train(run.path, *overrides)
+        assert again.read_json(again.metrics)["optimizer_steps"] == 8, killed
+        steps = [entry["step"] for entry in again.read_history()]
+        assert (steps.count(8), max(steps)) == (3, 8), killed  # loss, evaluation, early stop
+
+
+def test_the_best_checkpoint_may_be_that_of_the_best_answers(tmp_path, few_golden_rows):
+    plain = [*SCORED, few_golden_rows, "trainer.learning_rate=1e-2", "trainer.eval_steps=4", "trainer.save_steps=4"]
+    run = train(tmp_path / "run", *plain, "trainer.metric_for_best_model=eval_f1", "trainer.eval_answers=3")
+    metrics = run.read_json(run.metrics)
+    scores = {entry["step"]: entry["eval_f1"] for entry in run.read_history() if "eval_f1" in entry}
+    assert sorted(scores) == [4, 8, 12] and all(0 <= score <= 1 for score in scores.values())
+    assert len(set(scores.values())) > 1
+    assert metrics["best_step"] == max(scores, key=lambda step: scores[step])  # the first of equals
+    assert metrics["best_metric"] == max(scores.values())
+    unasked = train(tmp_path / "unasked", *plain)
+    assert not any("eval_f1" in entry for entry in unasked.read_history())
+    losses = [[entry["loss"] for entry in one.read_history() if "loss" in entry] for one in (run, unasked)]
+    assert losses[0] == losses[1]  # generating answers leaves training as it was
+
+
+def test_the_picture_shows_which_step_was_kept(run, tmp_path):
+    history = [{"step": 3, "optimizer_steps": 2, "eval_loss": 2.0, "eval_f1": 0.1}, *run.read_history()]
+    for name, kept, shown in (("plain", None, history[1:]), ("kept", 4, history[1:]), ("answers", None, history)):
+        plot_loss(shown, tmp_path / f"{name}.png", kept)
+    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 3
+
+
 @pytest.mark.parametrize(
     ("overrides", "shows"),
     [
@@ -265,31 +320,3 @@ def test_a_run_that_was_killed_after_its_last_step_is_finished_without_another_o
     assert metrics["optimizer_steps"] == 12
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(again).items())
     assert [entry["step"] for entry in again.read_history()] == [2, 4, 6, 8, 10, 12]
-
-
-def test_a_rank_sweep_makes_a_run_for_each_job(tmp_path):
-    done = command(
-        "intern.train", "--multirun", *SHORT, "logger=none", "lora.r=4,8", f"hydra.sweep.dir={tmp_path}/sweep"
-    )
-    assert done.returncode == 0
-    ranks = [
-        json.loads((tmp_path / "sweep" / job / "adapter" / "adapter_config.json").read_text())["r"] for job in "01"
-    ]
-    assert ranks == [4, 8]
-    assert done.stdout == "" or "Launching 2 jobs" in done.stdout
-    assert all("saved" in (tmp_path / "sweep" / job / "train.log").read_text() for job in "01")
-
-
-def test_a_failed_job_says_why_once_and_in_its_own_log(tmp_path):
-    done = command(
-        "intern.train",
-        "--multirun",
-        *SHORT,
-        "logger=none",
-        "lora.r=0,4",
-        f"hydra.sweep.dir={tmp_path}/sweep",
-        check=False,
-    )
-    reason = "lora.r=0: must be at least 1, or nothing is trained"
-    assert done.returncode == 2 and done.stderr.count(reason) == 1
-    assert reason in (tmp_path / "sweep" / "0" / "train.log").read_text()

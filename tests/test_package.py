@@ -19,6 +19,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_carries_configuration_and_data_and_no_runs(wheel):
     names = zipfile.ZipFile(wheel).namelist()
+    assert {"hydra_plugins/intern_launcher.py", "intern/conf/hydra/launcher/gpus.yaml"} <= set(names)
     assert {"intern/conf/train.yaml", "intern/data/train.jsonl", "intern/data/tiny_llama3/model.safetensors"} <= set(
         names
     )
