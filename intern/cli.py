@@ -7,17 +7,19 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from intern.errors import RunError, UserError
+from intern.names import unknown, with_origin
 from intern.paths import CONF_DIR
 
 log = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ def command(
             except Exception as error:  # whatever it is, its traceback belongs into the job's log: nothing is swallowed
                 # Said here, where the job's own log file is open; a sweep goes on to mark the job as failed.
                 if isinstance(error, UserError | RunError) and not wants_traceback:
-                    log.error("%s", error)
+                    log.error("%s", _located(error))
                 else:
                     log.exception("%s", type(error).__name__)
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -89,18 +91,29 @@ def _quoted(argument: str, keys: tuple[str, ...]) -> str:
     return f"{key}={QuotedString(value.replace('${', chr(92) + '${'), Quote.double).with_quotes()}"
 
 
+def _located(error: Exception) -> str:
+    """The message of an error, with the file or command line that set the key which it names."""
+    config = HydraConfig.get()
+    folders = [Path(source.path) for source in config.runtime.config_sources if source.schema == "file"]
+    return with_origin(str(error), config.overrides.task, config.runtime.choices, folders)
+
+
 def _composition_fault(error: Exception) -> str:
     """Hydra's message on one line, with the nearest right key where the key is wrong."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ConfigKeyError | ConfigAttributeError):
         cause = cause.__cause__
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        near = difflib.get_close_matches(name, error.options, n=1)
+        hint = f"did you mean {group}={near[0]}? " if near else ""
+        return f"{group}={name}: no such option; {hint}conf/{group}/ has {', '.join(sorted(error.options))}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
-        known = [str(key) for key in cause.parent_node]
-        return f"{cause.full_key}: {unknown(str(cause.key), known)}; a library's key that is in no group file is added with a plus: +{cause.full_key}=..."
+        group, _, key = str(cause.full_key).rpartition(".")
+        said = unknown(key, [str(name) for name in cause.parent_node], group)
+        return (
+            f"{said} (a key of the library that no group file has is added with a plus: +{cause.full_key}=...)"
+            if group
+            else said
+        )
     return re.sub(r"\s*\n\s*", "; ", str(error).strip())
-
-
-def unknown(key: str, known: list[str]) -> str:
-    """What to say of a key that is not among the known ones: "unknown key 'rr', did you mean 'r'?"."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}")

@@ -170,7 +170,7 @@ def tokenize(
         kept = set(tokens["row"])
         dropped = [row for row in rows["row"] if row not in kept]
     if not len(tokens):
-        raise UserError(f"no row of {name} fits into trainer.max_length={max_length} tokens: raise it")
+        raise UserError(f"trainer.max_length={max_length}: no row of {name} fits into so few tokens: raise it")
     if dropped:
         named = ", ".join(map(str, dropped[:_NAMED])) + (", ..." if len(dropped) > _NAMED else "")
         log.warning(

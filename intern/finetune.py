@@ -35,6 +35,7 @@ from intern.plot import plot_loss
 from intern.precision import Precision, plan_training
 from intern.prompt import Prompt
 from intern.quant import build_quant
+from intern.rules import Shape, check_shape, check_values
 from intern.run import SCHEMA_VERSION, Run
 from intern.tracking import Tracker, check_logger, tracking
 from intern.trainer import (
@@ -133,6 +134,8 @@ def _forget_the_job_before() -> None:
 
 def _plan(cfg: DictConfig, run: Run) -> Plan:
     """Checks everything that can be checked without the model's weights, the cheapest first."""
+    values = plain(cfg)
+    check_values(values)
     logger = check_logger(cfg.logger)
     rules = build_rules(cfg.trainer)
     lora = build_lora(cfg.lora)
@@ -140,23 +143,20 @@ def _plan(cfg: DictConfig, run: Run) -> Plan:
     data = build(DataConfig, plain(cfg.data), "data")
     train_file = DataFile.find(data.train_file, "data.train_file")
     eval_file = DataFile.find(data.eval_file, "data.eval_file") if data.eval_file else None
-    trainer = plain(cfg.trainer)
+    trainer = values["trainer"]
     compute_dtype = quant.bnb_4bit_compute_dtype if quant is not None else None
     precision = plan_training(bool(trainer.get("use_cpu")), trainer.get("fp16"), trainer.get("bf16"), compute_dtype)
     args = build_training_args(cfg.trainer, run, precision, cfg.seed, evaluates=eval_file is not None)
-    train_rows = read_rows(train_file, needs_material=data.context != "never")
-    eval_rows = read_rows(eval_file, needs_material=data.context != "never") if eval_file is not None else None
     base = Base(cfg.model)
     base.check_fit(quant, precision)
     tokenizer = base.tokenizer()
+    check_shape(values, Shape(base.config, base.skeleton, tokenizer), lora)
     prompt = Prompt.from_tokenizer(tokenizer, data.system_prompt, data.context)
+    train_rows = read_rows(train_file, needs_material=data.context != "never")
+    eval_rows = read_rows(eval_file, needs_material=data.context != "never") if eval_file is not None else None
     if len(train_rows) < _LONG_DATA:
         datasets.disable_progress_bars()
     length = int(trainer["max_length"])
-    if length > base.config.get_text_config().max_position_embeddings:
-        raise UserError(
-            f"trainer.max_length={length}: the model has {base.config.get_text_config().max_position_embeddings} positions"
-        )
     train = tokenize(train_rows, tokenizer, prompt, length, data.num_proc, train_file.path.name)
     evaluated = None
     if eval_rows is not None and eval_file is not None:

@@ -33,21 +33,27 @@ AUTO = "auto"  # for trainer.activation_checkpointing (intern/memory.py) and tra
 _NOT_KEPT = {"num_tokens", "eval_num_tokens", "total_flos", "train_runtime"} | {
     f"train_{unit}_per_second" for unit in ("tokens", "samples", "steps")
 }
-# SFTConfig's keys that something else decides.
+# SFTConfig's keys that something else decides, and what does.
 _ELSEWHERE = {
-    "output_dir": "hydra.run.dir",
-    "seed": "seed",
-    "report_to": "logger",
-    "disable_tqdm": "nothing: progress adapts to the terminal",
-    "include_num_input_tokens_seen": "nothing: tokens are always counted",
-    "logging_nan_inf_filter": "nothing: a loss that is no number ends the run",
-    "dataset_kwargs": "trainer.packing",
-    "resume_from_checkpoint": "hydra.run.dir: the same run directory goes on",
-    "model_init_kwargs": "model",
-    "chat_template_path": "model: the tokenizer's own",
-    "eos_token": "model: the tokenizer's own",
-    "gradient_checkpointing": "trainer.activation_checkpointing, its new name",
-    "gradient_checkpointing_kwargs": "trainer.activation_checkpointing_kwargs, its new name",
+    "output_dir": "decided by hydra.run.dir",
+    "seed": "decided by seed",
+    "report_to": "decided by logger",
+    "disable_tqdm": "progress adapts to the terminal",
+    "include_num_input_tokens_seen": "tokens are always counted",
+    "logging_nan_inf_filter": "a loss that is no number ends the run",
+    "dataset_kwargs": "decided by trainer.packing",
+    "resume_from_checkpoint": "decided by hydra.run.dir: the same run directory goes on",
+    "ignore_data_skip": "a run that goes on takes the next row, not the first",
+    "save_only_model": "a checkpoint holds all that a run needs to go on",
+    "restore_callback_states_from_checkpoint": "they are always restored",
+    "assistant_only_loss": "loss is on the answer and its end of turn",
+    "completion_only_loss": "loss is on the answer and its end of turn",
+    "model_init_kwargs": "decided by model",
+    "trust_remote_code": "code that a model brings along is never run",
+    "chat_template_path": "decided by model: the tokenizer's own",
+    "eos_token": "decided by model: the tokenizer's own",
+    "gradient_checkpointing": "decided by trainer.activation_checkpointing, its new name",
+    "gradient_checkpointing_kwargs": "decided by trainer.activation_checkpointing_kwargs, its new name",
 }
 
 
@@ -61,19 +67,11 @@ class StepRules:
 
 
 def build_rules(node: DictConfig) -> StepRules:
-    """Raises UserError for a wrong type, a missing key, or a max_steps that contradicts min_steps."""
+    """Raises UserError for a wrong type or a missing key."""
     values = plain(node)
-    rules = build(StepRules, {name: values.get(name) for name in StepRules.__dataclass_fields__}, "trainer")
-    most = values.get("max_steps", -1)
-    if isinstance(most, int) and 0 < most < rules.min_steps:
-        raise UserError(
-            f"trainer.max_steps={most} is below trainer.min_steps={rules.min_steps}: raise it, or set trainer.min_steps={most} too"
-        )
-    if rules.early_stopping_patience is not None and not values.get("load_best_model_at_end"):
-        raise UserError(
-            "trainer.early_stopping_patience needs trainer.load_best_model_at_end=true and trainer.eval_strategy=steps"
-        )
-    return rules
+    return build(
+        StepRules, {name: values[name] for name in StepRules.__dataclass_fields__ if name in values}, "trainer"
+    )
 
 
 def build_training_args(node: DictConfig, run: Run, precision: Precision, seed: int, evaluates: bool) -> SFTConfig:
@@ -85,7 +83,7 @@ def build_training_args(node: DictConfig, run: Run, precision: Precision, seed: 
     values = {key: value for key, value in plain(node).items() if key not in StepRules.__dataclass_fields__}
     for key, place in _ELSEWHERE.items():
         if key in values:
-            raise UserError(f"trainer.{key}: not set here; decided by {place}")
+            raise UserError(f"trainer.{key}: not set here; {place}")
     if values.get("eval_strategy", "no") != "no" and not evaluates:
         raise UserError(f"trainer.eval_strategy={values['eval_strategy']} needs a data.eval_file")
     if values.get("max_length") is None:

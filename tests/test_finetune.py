@@ -290,6 +290,6 @@ def test_a_failed_job_says_why_once_and_in_its_own_log(tmp_path):
         f"hydra.sweep.dir={tmp_path}/sweep",
         check=False,
     )
-    reason = "lora.r=0: must be at least 1, or nothing is trained"
+    reason = "lora.r=0: must be at least 1; rank 0 trains nothing (set on the command line)"
     assert done.returncode == 2 and done.stderr.count(reason) == 1
     assert reason in (tmp_path / "sweep" / "0" / "train.log").read_text()
