@@ -26,12 +26,13 @@ log = logging.getLogger(__name__)
 
 
 def command(
-    config_name: str, free_text: tuple[str, ...] = ()
+    config_name: str, free_text: tuple[str, ...] = (), prepare: Callable[[list[str]], list[str]] = list
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Decorator: the task becomes a command whose configuration is conf/<config_name>.yaml.
 
     Args:
         config_name: the primary config.
+        prepare: changes the command line before Hydra reads it.
         free_text: keys whose values are a person's words: they need no quoting against Hydra's grammar beyond the shell's.
     """
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -58,9 +59,15 @@ def command(
         @functools.wraps(task)
         def main() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its own errors on instead of printing them
-            sys.argv[1:] = [_quoted(argument, free_text) for argument in sys.argv[1:]]
             try:
+                sys.argv[1:] = prepare([_free(argument, free_text) for argument in sys.argv[1:]])
                 job()
+            except UserError as error:
+                if error not in said:
+                    if wants_traceback:
+                        raise
+                    sys.stderr.write(f"{error}\n")
+                sys.exit(2)
             except (HydraException, OmegaConfBaseException) as error:
                 if wants_traceback:
                     raise
@@ -71,14 +78,14 @@ def command(
             except Exception as error:  # a sweep's job may fail with anything; what no job has said goes on as it is
                 if error not in said:
                     raise
-                sys.exit(2 if isinstance(error, UserError) else 1)
+                sys.exit(1)
 
         return main
 
     return decorate
 
 
-def _quoted(argument: str, keys: tuple[str, ...]) -> str:
+def _free(argument: str, keys: tuple[str, ...]) -> str:
     """`question=What's up, Uber?` as Hydra takes it; a value that is quoted already, or null, stays as it is."""
     key, sign, value = argument.partition("=")
     if (
@@ -88,6 +95,11 @@ def _quoted(argument: str, keys: tuple[str, ...]) -> str:
         or (len(value) > 1 and value[0] == value[-1] and value[0] in "\"'")
     ):
         return argument
+    return quoted(key, value)
+
+
+def quoted(key: str, value: str) -> str:
+    """`key=value` as an override that means these characters and nothing else."""
     return f"{key}={QuotedString(value.replace('${', chr(92) + '${'), Quote.double).with_quotes()}"
 
 

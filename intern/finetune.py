@@ -35,6 +35,7 @@ from intern.plot import plot_loss
 from intern.precision import Precision, plan_training
 from intern.prompt import Prompt
 from intern.quant import build_quant
+from intern.resume import Carried, check_same, goes_on_longer, tell_changes
 from intern.rules import Shape, check_shape, check_values
 from intern.run import SCHEMA_VERSION, Run
 from intern.tracking import Tracker, check_logger, tracking
@@ -105,13 +106,10 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
     """
     route_messages()
     _forget_the_job_before()
-    if run.finished:
-        raise UserError(f"{run.path} holds a finished run: take another hydra.run.dir")
     plan = _plan(cfg, run)
     log.info("%s", plan.precision)
     cfg = _with_absolute_paths(cfg, plan)
-    _check_same(cfg, run, plan)
-    with tracking(plan.logger, cfg, run, _open(run, cfg, plan), sweep) as tracker:
+    with run.lock(), tracking(plan.logger, cfg, run, *_open(run, cfg, plan, sweep)) as tracker:
         model, metrics = _train(plan.base.load(plan.quant, plan.precision), run, plan, tracker)
         with run.new_adapter() as folder:
             model.save_pretrained(str(folder))
@@ -181,42 +179,33 @@ def _plan(cfg: DictConfig, run: Run) -> Plan:
     )
 
 
-def _check_same(cfg: DictConfig, run: Run, plan: Plan) -> None:
-    """Raises UserError where a run directory that is gone on with was begun with another configuration or other data."""
-    if run.last_checkpoint() is None:
-        return
-    ours, theirs = _flat(cfg), _flat(run.read_config())
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
-            raise UserError(
-                f"{key} is not what {run.path} was begun with: give the same, or take another hydra.run.dir"
-            )
-    data = run.read_json(run.environment)["data"]
-    for file in (plan.train_file, plan.eval_file):
-        if file is not None and data.get(str(file.path)) != file.sha256:
-            raise UserError(f"{file.path} has changed since {run.path} was begun: take another hydra.run.dir")
+def _open(run: Run, cfg: DictConfig, plan: Plan, sweep: str | None) -> tuple[str, str | None]:
+    """Writes what is known at the start; returns the run's id and its sweep's name, the old ones where the run goes on.
 
-
-def _flat(cfg: DictConfig) -> dict[str, Any]:
-    """{"lora.r": 16, ...} of a configuration of groups."""
-    groups = plain(cfg)
-    return {
-        f"{group}.{key}" if key else group: value
-        for group, values in groups.items()
-        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
-    }
-
-
-def _open(run: Run, cfg: DictConfig, plan: Plan) -> str:
-    """Writes what is known at the start; returns the run's id, the old one where the run goes on."""
-    run_id = uuid.uuid4().hex[:12]
-    if run.environment.is_file():
-        run_id = run.read_json(run.environment).get("run_id", run_id)
+    Raises:
+        UserError: a finished run, or one that was begun with another configuration or other data.
+    """
+    if run.finished and not goes_on_longer(cfg, run):
+        raise UserError(
+            f"{run.path} holds a finished run: take another hydra.run.dir, or a higher trainer.max_steps to go on"
+        )
+    if run.finished and run.last_checkpoint() is None:
+        raise UserError(f"{run.path} holds a finished run whose checkpoints are gone: it cannot go on")
     files = [file for file in (plan.train_file, plan.eval_file) if file is not None]
+    environment = {"run_id": uuid.uuid4().hex[:12], "sweep": sweep, "run_dir": str(run.path)} | describe(files)
+    if run.last_checkpoint() is not None:
+        check_same(cfg, run, environment["data"])
+        before = run.read_json(run.environment)
+        tell_changes(before, environment)
+        environment |= {name: before.get(name) for name in ("run_id", "sweep")}
+        if before.get("gpu") != environment["gpu"]:
+            run.memory.unlink(missing_ok=True)  # measured on another card
+    run.metrics.unlink(missing_ok=True)  # from here on the run is unfinished again
+    run.drop_drafts()
     run.write_config(cfg)
     run.write_json(run.prompt, plan.prompt.to_json())
-    run.write_json(run.environment, {"run_id": run_id} | describe(files))
-    return run_id
+    run.write_json(run.environment, environment)
+    return environment["run_id"], environment["sweep"]
 
 
 def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tuple[Any, dict[str, Any]]:
@@ -224,7 +213,8 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
     steps = OptimizerSteps(plan.rules.min_steps, plan.rules.max_skipped_steps)
     interruption = Interruption()
     history = History(run, steps, tracker.log)
-    memory = FitMemory()
+    memory = FitMemory(run)
+    carried = Carried()
     stopping = []
     if plan.rules.early_stopping_patience is not None:
         stopping.append(EarlyStoppingCallback(plan.rules.early_stopping_patience))
@@ -237,10 +227,10 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
         processing_class=plan.tokenizer,
         peft_config=plan.lora,
         # A skipped step takes back the stop at max_steps, so `steps` follows what stops early and precedes what must stop.
-        callbacks=[*([memory] if plan.fits_memory else []), *stopping, steps, interruption, history],
+        callbacks=[*([memory] if plan.fits_memory else []), *stopping, steps, carried, interruption, history],
     )
     trainer.remove_callback(PrinterCallback)
-    memory.trainer = trainer
+    memory.trainer = carried.trainer = trainer
     checkpoint = run.last_checkpoint()
     log.info(
         "%d training rows, %s trainable parameters", len(plan.train.rows), f"{trainer.get_num_trainable_parameters():,}"
@@ -255,7 +245,7 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
         interruption.restore()
     if interruption.signal is not None:
         log.warning(
-            "interrupted after step %d: the same overrides with hydra.run.dir=%s go on from there",
+            "interrupted after step %d: python -m intern.train resume=%s goes on from there",
             trainer.state.global_step,
             run.path,
         )
@@ -323,6 +313,8 @@ def _with_absolute_paths(cfg: DictConfig, plan: Plan) -> DictConfig:
     """The configuration as the run directory keeps it: it must mean the same from every working directory."""
     cfg = cfg.copy()
     OmegaConf.set_readonly(cfg, False)
+    OmegaConf.set_struct(cfg, False)
+    cfg.pop("resume", None)
     cfg.model.pretrained_model_name_or_path = plan.base.name
     cfg.data.train_file = str(plan.train_file.path)
     if plan.eval_file is not None:

@@ -7,7 +7,7 @@ kept, and as many layers are kept as the free memory allows; that plan is then t
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from intern.errors import RunError
+from intern.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +78,13 @@ def plan(layers: int, budget: int, peak_of: Callable[[int], int | None]) -> Memo
 
 
 class FitMemory(TrainerCallback):
-    """Makes the plan at the beginning of training, from the largest batches of the data, and puts it into effect."""
+    """Makes the plan at the beginning of training, from the largest batches of the data, and puts it into effect.
 
-    def __init__(self) -> None:
+    The run keeps it in memory.json: one that goes on from a checkpoint repeats it instead of measuring again.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self.trainer: Any = None  # set when it is built: it is built with its callbacks
         self.plan: MemoryPlan | None = None
 
@@ -88,6 +93,13 @@ class FitMemory(TrainerCallback):
     ) -> None:
         model = self.trainer.model_wrapped
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if (
+            state.global_step and self.run.memory.is_file()
+        ):  # what recomputes decides how sums round: a resume must not differ
+            self.plan = MemoryPlan(**self.run.read_json(self.run.memory))
+            _keep(layers, len(layers) - self.plan.checkpointed)
+            log.info("%s, as before", self.plan)
+            return
         batch = self._largest_batch(args.per_device_train_batch_size)
         # Optimizer states are not there yet: two 4-byte moments at most for each trainable parameter.
         states = 8 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -114,6 +126,7 @@ class FitMemory(TrainerCallback):
         _keep(layers, len(layers) - self.plan.checkpointed)
         self.trainer.forget_metrics()
         torch.cuda.empty_cache()
+        self.run.write_json(self.run.memory, asdict(self.plan))
         log.info("%s", self.plan)
 
     def _largest_batch(self, size: int) -> dict[str, Any]:

@@ -1,22 +1,34 @@
 """The files of one run: what training writes and everything after reads; the only thing that the two share."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError, safe_open
 from yaml import YAMLError
 
 from intern.errors import UserError
 
 SCHEMA_VERSION = 1
+_DRAFTS = (
+    ".config.yaml.",
+    ".metrics.json.",
+    ".history.jsonl.",
+    ".environment.json.",
+    ".prompt.json.",
+    ".memory.json.",
+    ".loss.png",
+)
 RUN_ROOTS = ("outputs", "multirun")  # where Hydra puts runs, in the working directory
 
 
@@ -55,6 +67,10 @@ class Run:
         return self.path / "prompt.json"
 
     @property
+    def memory(self) -> Path:
+        return self.path / "memory.json"
+
+    @property
     def loss_plot(self) -> Path:
         return self.path / "loss.png"
 
@@ -63,15 +79,36 @@ class Run:
         return self.metrics.is_file()
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end; None where there is none.
+        """The newest checkpoint that was written to its end; None where there is none."""
+        numbered = [path for path in self.checkpoints.glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
+        whole = (
+            path for path in sorted(numbered, key=lambda path: -int(path.name.rsplit("-", 1)[1])) if _is_whole(path)
+        )
+        return next(whole, None)
 
-        The library writes trainer_state.json last: without it a kill came in between, and the checkpoint before is the one to take.
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One process at a time. The system takes the lock back when its process ends, however it ends.
+
+        Raises:
+            UserError: another process has it.
         """
-        for folder in sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: -int(path.name.rsplit("-", 1)[1])):
-            with contextlib.suppress(OSError, ValueError):
-                json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-                return folder
-        return None
+        with (self.path / "run.lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"{self.path}: another process trains in it: wait for it, or take another hydra.run.dir"
+                ) from error
+            yield
+
+    def drop_drafts(self) -> None:
+        """Removes what a kill left of files that never got their names."""
+        for draft in self.path.glob(".*"):
+            if draft.name.startswith(".adapter-"):
+                shutil.rmtree(draft)
+            elif draft.is_file() and draft.name.startswith(_DRAFTS):
+                draft.unlink()
 
     def write_config(self, cfg: DictConfig) -> None:
         """The configuration with every interpolation resolved."""
@@ -186,6 +223,46 @@ def resolve(run_dir: str | Path, root: Path | None = None) -> Run:
     if not runs:
         raise UserError(f"run_dir={run_dir}: neither a run (no config.yaml) nor a folder of finished runs")
     return min(runs, key=Run.score)
+
+
+def stopped(run_dir: str | Path, root: Path | None = None) -> Run:
+    """The run that resume= means.
+
+    Args:
+        run_dir: a run's folder, or "latest": the newest unfinished run below outputs/ and multirun/ of `root`.
+        root: the working directory by default.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    root = root or Path.cwd()
+    if str(run_dir) == "latest":
+        found = [Run(config.parent.resolve()) for name in RUN_ROOTS for config in (root / name).rglob("config.yaml")]
+        runs = [run for run in found if run.path.name != ".hydra" and not run.finished]
+        if not runs:
+            raise UserError(f"resume=latest: no unfinished run below {root}/outputs or {root}/multirun")
+        return max(
+            runs, key=lambda run: max(file.stat().st_mtime for file in (run.config, run.history) if file.exists())
+        )
+    path = root / Path(run_dir).expanduser()
+    if not (run := Run(path.resolve())).config.is_file():
+        raise UserError(f"resume={run_dir}: no run there that could go on (no config.yaml)")
+    return run
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end.
+
+    The library writes trainer_state.json last, so without it a kill came in between. A disk that filled up can also have cut a file:
+    safetensors files and torch's (zip archives) show that by their lengths.
+    """
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        with safe_open(checkpoint / "adapter_model.safetensors", framework="pt"):
+            pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(checkpoint / name) for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"))
 
 
 def _runs_below(folder: Path) -> Iterator[Run]:

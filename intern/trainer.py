@@ -42,7 +42,7 @@ _ELSEWHERE = {
     "include_num_input_tokens_seen": "tokens are always counted",
     "logging_nan_inf_filter": "a loss that is no number ends the run",
     "dataset_kwargs": "decided by trainer.packing",
-    "resume_from_checkpoint": "decided by hydra.run.dir: the same run directory goes on",
+    "resume_from_checkpoint": "decided by resume: python -m intern.train resume=RUN_DIR",
     "ignore_data_skip": "a run that goes on takes the next row, not the first",
     "save_only_model": "a checkpoint holds all that a run needs to go on",
     "restore_callback_states_from_checkpoint": "they are always restored",
