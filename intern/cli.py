@@ -58,6 +58,7 @@ def command(
 
         @functools.wraps(task)
         def main() -> None:
+            logging.raiseExceptions = False  # a log file on a full disk must not hide what is said about it
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its own errors on instead of printing them
             try:
                 sys.argv[1:] = prepare([_free(argument, free_text) for argument in sys.argv[1:]])
@@ -72,6 +73,16 @@ def command(
                 if wants_traceback:
                     raise
                 sys.stderr.write(_composition_fault(error) + "\n")
+                sys.exit(2)
+            except OSError as error:
+                if error in said:
+                    sys.exit(1)
+                if wants_traceback:
+                    raise
+                # The task's own errors are said by its job: this one is of the folder that Hydra makes before.
+                sys.stderr.write(
+                    f"{error.filename}: cannot be written ({error.strerror}): take another hydra.run.dir\n"
+                )
                 sys.exit(2)
             except KeyboardInterrupt:
                 sys.exit(130)

@@ -27,6 +27,7 @@ from intern.data import DataFile, Tokenized, read_rows, tokenize
 from intern.environment import describe, peak_memory
 from intern.errors import RunError, UserError
 from intern.generate import answer_losses, build_generation, generate
+from intern.health import Health
 from intern.libraries import route_messages
 from intern.lora import build_lora
 from intern.memory import FitMemory
@@ -109,7 +110,7 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
     plan = _plan(cfg, run)
     log.info("%s", plan.precision)
     cfg = _with_absolute_paths(cfg, plan)
-    with run.lock(), tracking(plan.logger, cfg, run, *_open(run, cfg, plan, sweep)) as tracker:
+    with run.lock(), run.told_when_full(), tracking(plan.logger, cfg, run, *_open(run, cfg, plan, sweep)) as tracker:
         model, metrics = _train(plan.base.load(plan.quant, plan.precision), run, plan, tracker)
         with run.new_adapter() as folder:
             model.save_pretrained(str(folder))
@@ -227,7 +228,15 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
         processing_class=plan.tokenizer,
         peft_config=plan.lora,
         # A skipped step takes back the stop at max_steps, so `steps` follows what stops early and precedes what must stop.
-        callbacks=[*([memory] if plan.fits_memory else []), *stopping, steps, carried, interruption, history],
+        callbacks=[
+            *([memory] if plan.fits_memory else []),
+            *stopping,
+            steps,
+            carried,
+            interruption,
+            history,
+            Health(run, steps),
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     memory.trainer = carried.trainer = trainer

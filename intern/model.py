@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from intern.attention import NAME, register
+from intern.attention import KNOWN, NAME, register
 from intern.config import check_names, plain
 from intern.errors import UserError
 from intern.paths import find
@@ -49,6 +49,13 @@ class Base:
         if not isinstance(self._arguments.get("pretrained_model_name_or_path"), str):
             raise UserError("model.pretrained_model_name_or_path: give a folder or a model's name on the hub")
         name = self._arguments.pop("pretrained_model_name_or_path")
+        attention, revision = self._arguments.get("attn_implementation"), self._arguments.get("revision")
+        if (
+            attention is not None and attention not in KNOWN
+        ):  # a name with a slash would fetch a kernel, that is code, from the hub
+            raise UserError(f"model.attn_implementation={attention}: must be one of {', '.join(KNOWN)}")
+        if revision is not None and not isinstance(revision, str):
+            raise UserError(f"model.revision={revision}: must be a branch, a tag or a commit, as text")
         folder = find(name)
         self.name = str(folder) if folder is not None and folder.is_dir() else name
         if folder is None and (name.startswith((".", "/", "~")) or name.count("/") != 1):

@@ -70,7 +70,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.eval_strategy": tuple(kind.value for kind in IntervalStrategy),
     "trainer.save_strategy": tuple(kind.value for kind in SaveStrategy),
 }
-ATTENTIONS = (ISOLATED, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 _RECURRENT = (
     "linear_attention",
     "mamba",
@@ -218,14 +217,6 @@ def the_adapter_names_no_code(cfg: Groups) -> str | None:
     return None
 
 
-def attention_is_one_that_is_known(cfg: Groups) -> str | None:
-    """A name with a slash would fetch a kernel, that is code, from the hub."""
-    name = cfg["model"].get("attn_implementation")
-    if name is not None and name not in ATTENTIONS:
-        return f"model.attn_implementation={name}: must be one of {', '.join(ATTENTIONS)}"
-    return None
-
-
 def automatic_keys_are_true_false_or_auto(cfg: Groups) -> str | None:
     """activation_checkpointing and use_liger_kernel are a library's switches with one more position."""
     for key in ("activation_checkpointing", "use_liger_kernel"):
@@ -347,7 +338,6 @@ OF_VALUES: tuple[Callable[[Groups], str | None], ...] = (
     packed_rows_stay_whole,
     the_adapter_is_for_a_causal_language_model,
     the_adapter_names_no_code,
-    attention_is_one_that_is_known,
     automatic_keys_are_true_false_or_auto,
 )
 OF_SHAPE: tuple[Callable[[Groups, Shape, LoraConfig], str | None], ...] = (

@@ -1,11 +1,13 @@
 """The files of one run: what training writes and everything after reads; the only thing that the two share."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -15,11 +17,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
-from yaml import YAMLError
 
-from intern.errors import UserError
+from intern.errors import RunError, UserError
+from intern.untrusted import json_object, read_text, yaml_mapping
 
 SCHEMA_VERSION = 1
+_HISTORY = 2**28  # bytes: a million log steps
+_GROUPS = ("model", "quant", "lora", "trainer", "data", "logger")
 _DRAFTS = (
     ".config.yaml.",
     ".metrics.json.",
@@ -29,6 +33,7 @@ _DRAFTS = (
     ".memory.json.",
     ".loss.png",
 )
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 RUN_ROOTS = ("outputs", "multirun")  # where Hydra puts runs, in the working directory
 
 
@@ -102,6 +107,21 @@ class Run:
                 ) from error
             yield
 
+    @contextlib.contextmanager
+    def told_when_full(self) -> Iterator[None]:
+        """Raises RunError, with the remedy, where something inside could not be written: a full disk, or one that is read-only."""
+        try:
+            yield
+        except Exception as error:  # libraries wrap what the system said in errors of their own
+            reason = _unwritable(error)
+            if reason is None:
+                raise
+            free = shutil.disk_usage(self.path).free / 2**30
+            raise RunError(
+                f"{self.path}: {reason} ({free:.1f} GiB are free there): make room or mend that; what was written stays, "
+                f"and python -m intern.train resume={self.path} goes on from the last checkpoint"
+            ) from error
+
     def drop_drafts(self) -> None:
         """Removes what a kill left of files that never got their names."""
         for draft in self.path.glob(".*"):
@@ -124,36 +144,25 @@ class Run:
             file.write(json.dumps(entry) + "\n")
 
     def read_config(self) -> DictConfig:
-        """Raises UserError where the file is missing or not a configuration."""
-        try:
-            cfg = OmegaConf.load(self.config)
-        except (OSError, YAMLError) as error:
-            raise UserError(
-                f"{self.config}: cannot be read ({type(error).__name__}): is {self.path} a run directory?"
-            ) from error
-        if not isinstance(cfg, DictConfig):
-            raise UserError(f"{self.config}: holds no configuration: is {self.path} a run directory?")
-        return cfg
+        """Raises UserError where the file is missing or not a configuration. Nothing in it is looked up: "${oc.env:HOME}" is text."""
+        values = yaml_mapping(self.config, self.path)
+        for group in _GROUPS:
+            if not isinstance(values.get(group) or {}, dict):
+                raise UserError(f"{self.config}: {group} is no group of keys: is {self.path} a run directory?")
+        return OmegaConf.create(values)
 
     def read_json(self, path: Path) -> dict[str, Any]:
         """Raises UserError where the file is missing or not a JSON object."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({type(error).__name__}): is {self.path} a finished run?"
-            ) from error
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: holds no JSON object: is {self.path} a finished run?")
-        return content
+        return json_object(path, self.path)
 
     def read_history(self) -> list[dict[str, Any]]:
         """The log steps so far; a last line that a crash cut short is left out."""
         entries = []
-        if self.history.is_file():
-            for line in self.history.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):
-                    entries.append(json.loads(line))
+        if self.history.exists():
+            for line in read_text(self.history, self.path, _HISTORY).splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    if isinstance(entry := json.loads(line), dict) and isinstance(entry.get("step"), int):
+                        entries.append(entry)
         return entries
 
     def drop_history_after(self, step: int) -> None:
@@ -184,7 +193,7 @@ class Run:
         """What "best" compares, lower is better: the loss on the golden answers, or on the training rows where nothing was evaluated."""
         metrics = self.read_json(self.metrics)
         loss = metrics.get("eval_loss", metrics.get("train_loss"))
-        return float(loss) if isinstance(loss, int | float) else math.inf
+        return float(loss) if isinstance(loss, int | float) and abs(loss) < sys.float_info.max else math.inf
 
 
 def resolve(run_dir: str | Path, root: Path | None = None) -> Run:
@@ -248,6 +257,21 @@ def stopped(run_dir: str | Path, root: Path | None = None) -> Run:
     if not (run := Run(path.resolve())).config.is_file():
         raise UserError(f"resume={run_dir}: no run there that could go on (no config.yaml)")
     return run
+
+
+def _unwritable(error: BaseException) -> str | None:
+    """What the system said, from the chain of errors that libraries made of it; None where it was about something else."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, OSError) and current.errno in _UNWRITABLE:
+            return os.strerror(current.errno or 0)
+        for number in _UNWRITABLE:  # safetensors and torch keep no more than the text
+            if not isinstance(current, UserError | RunError) and f"(os error {number})" in str(current):
+                return os.strerror(number)
+        if "PytorchStreamWriter failed writing" in str(current):
+            return os.strerror(errno.ENOSPC)
+        current = current.__cause__ or current.__context__
+    return None
 
 
 def _is_whole(checkpoint: Path) -> bool:

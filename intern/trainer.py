@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from intern.config import build, plain
 from intern.errors import RunError, UserError
 from intern.precision import Precision
+from intern.prompt import IGNORED
 from intern.run import Run
 
 log = logging.getLogger(__name__)
@@ -293,12 +294,24 @@ class InternTrainer(SFTTrainer):
 
     def __init__(self, rules: StepRules, **kwargs: Any) -> None:
         self._min_steps = rules.min_steps
+        self._has_looked = False
         super().__init__(**kwargs)
         # TRL casts the adapters of a quantized model to bfloat16: fp16's GradScaler cannot unscale that, and small updates vanish in it.
         assert self.model is not None
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
+
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
+        """The library's; the first batch must have something to learn from, or every loss would be 0 / 0."""
+        samples, tokens = super().get_batch_samples(*arguments)
+        if not self._has_looked and samples:
+            self._has_looked = True
+            if not any(bool((sample["labels"] != IGNORED).any()) for sample in samples):
+                raise RunError(
+                    "no token of the first batch carries loss: look at the rows with python -m intern.preview"
+                )
+        return samples, tokens
 
     def forget_metrics(self) -> None:
         """Takes back what a step outside of training has left in the figures of the next log entry."""

@@ -158,5 +158,7 @@ def test_a_damaged_adapter_is_named(trained_run, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     done = command("intern.query", f"run_dir={broken}", "question=x", check=False)
     assert (
-        done.returncode == 2 and f"{broken}/adapter: cannot be loaded" in done.stderr and done.stderr.count("\n") == 1
+        done.returncode == 2
+        and f"{broken}/adapter/adapter_model.safetensors: cannot be loaded" in done.stderr
+        and done.stderr.count("\n") == 1
     )
