@@ -227,7 +227,9 @@ def resolve(run_dir: str | Path, root: Path | None = None) -> Run:
     if run.finished:
         return run
     if run.config.is_file():
-        raise UserError(f"run_dir={run_dir}: this run is unfinished (no metrics.json)")
+        raise UserError(
+            f"run_dir={run_dir}: this run is unfinished (no metrics.json): python -m intern.train resume={run.path} goes on with it"
+        )
     runs = list(_runs_below(path))
     if not runs:
         raise UserError(f"run_dir={run_dir}: neither a run (no config.yaml) nor a folder of finished runs")

@@ -52,4 +52,4 @@ def test_every_command_runs_from_an_installed_wheel_in_another_directory(wheel, 
     assert run("query", "question=Why?", "generation.max_new_tokens=8").strip()
     assert run("evaluate", "generation.max_new_tokens=8").startswith("| golden rows |")
     scripts = {path.name for path in (site / "bin").iterdir()}
-    assert scripts == {"intern-train", "intern-query", "intern-evaluate"}
+    assert scripts == {"intern-train", "intern-query", "intern-evaluate", "intern-verify"}
