@@ -1,14 +1,14 @@
 """A finished run -> answers: loads base and adapter once, asks with the prompt that was trained."""
 
 import functools
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from peft import PeftModel
-from safetensors import SafetensorError
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from intern.errors import UserError
@@ -20,6 +20,9 @@ from intern.precision import plan_inference
 from intern.prompt import Prompt
 from intern.quant import build_quant
 from intern.run import Run, resolve
+from intern.untrusted import check_adapter, shapes
+
+log = logging.getLogger(__name__)
 
 
 class Intern:
@@ -38,23 +41,35 @@ class Intern:
         """
         route_messages()
         cfg = run.read_config()
+        place = f"{run.config}: " if model is None else ""
         if model is not None:
-            cfg.model.pretrained_model_name_or_path = model
+            OmegaConf.update(cfg, "model.pretrained_model_name_or_path", model)
         self.run = run
         self.cfg = cfg
-        self.prompt = Prompt.from_json(run.read_json(run.prompt))
-        if not (run.adapter / "adapter_model.safetensors").is_file():
-            raise UserError(f"{run.adapter}: has no adapter_model.safetensors: is {run.path} a finished run?")
-        base = Base(cfg.model)
-        quant = build_quant(cfg.quant)
+        self.prompt = Prompt.from_json(run.read_json(run.prompt), str(run.prompt))
+        lora = check_adapter(run.adapter, run.path)
+        _tell_where_from(run, cfg)
+        try:
+            base = Base(cfg.model)
+            quant = build_quant(cfg.quant)
+        except UserError as error:
+            raise UserError(f"{place}{error}") from error
         self.precision = plan_inference(quant.bnb_4bit_compute_dtype if quant is not None else None)
         base.check_fit(quant, self.precision)
         try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(run.adapter)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                run.adapter, trust_remote_code=False, local_files_only=True
+            )
             self.generation = build_generation(generation, self.prompt, self.tokenizer)
             base_model = base.load(quant, self.precision)
-            self.model = PeftModel.from_pretrained(base_model, str(run.adapter)).eval()
-        except (OSError, ValueError, SafetensorError) as error:
+            self.model = PeftModel.from_pretrained(base_model, str(run.adapter), config=lora).eval()
+            weights = run.adapter / "adapter_model.safetensors"
+            wanted = set(get_peft_model_state_dict(self.model, save_embedding_layers=False))
+            if missing := sorted(wanted - {name for name, _ in shapes(weights)}):
+                raise UserError(
+                    f"{weights}: {len(missing)} tensors are missing, such as {missing[0]}: answers would be wrong"
+                )
+        except Exception as error:  # of a file that is not as it should be, tokenizers and PEFT raise whatever comes
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{run.adapter}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error
@@ -85,6 +100,17 @@ class Intern:
         thread.join()
         if failures:
             raise failures[0]
+
+
+def _tell_where_from(run: Run, cfg: DictConfig) -> None:
+    """A run from elsewhere decides one thing that its reader may not expect: the base model that is loaded."""
+    made_at = run.read_json(run.environment).get("run_dir") if run.environment.exists() else None
+    if made_at != str(run.path):
+        log.warning(
+            "%s was trained elsewhere; the base model that it names is %s (base_model=... takes another)",
+            run.path,
+            OmegaConf.select(cfg, "model.pretrained_model_name_or_path"),
+        )
 
 
 def query_intern(question: str, run_dir: str | Path = "latest", context: str | None = None) -> str:

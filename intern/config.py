@@ -1,14 +1,15 @@
 """A config node -> a validated object of the library class whose keyword arguments it holds."""
 
 import dataclasses
-import difflib
 import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
 from intern.errors import UserError
+from intern.names import unknown
 
 T = TypeVar("T")
 
@@ -27,25 +28,39 @@ def build(cls: type[T], values: dict[str, Any], group: str) -> T:
     """
     check_names(values, _parameters(cls), group)
     try:
-        if _is_plain_dataclass(cls):
-            return TypeAdapter(cls).validate_python(values)
-        return cls(**values)
+        built = TypeAdapter(cls).validate_python(values) if _is_plain_dataclass(cls) else cls(**values)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join([group, *(str(part) for part in fault["loc"][:1])])
-        value = f"={fault['input']!r}" if fault["loc"] else ""
-        raise UserError(f"{key}{value}: {fault['msg']}") from error
+        value = f"={fault['input']!r}" if fault["loc"] and fault["type"] != "missing" else ""
+        raise UserError(f"{key}{value}: {_complaint(fault)}") from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{group}: {error}") from error
+        raise UserError(f"{group}: {' '.join(str(error).split())}") from error
+    for key, value in values.items():  # "no" in quotes is text: what else reads the raw value would take it for true
+        if isinstance(value, str) and isinstance(getattr(built, key, None), bool | int | float):
+            raise UserError(
+                f"{group}.{key}={value!r}: text where a number, true or false is meant: leave out the quotes"
+            )
+    return built
 
 
-def check_names(values: dict[str, Any], known: list[str], group: str) -> None:
+def _complaint(fault: Mapping[str, Any]) -> str:
+    """pydantic's finding in our words."""
+    kind = str(fault["type"]).split("_")[0]
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
+    if kind in words:
+        return f"must be {words[kind]}"
+    if kind == "missing":
+        return "is missing"
+    text = " ".join(str(fault["msg"]).removeprefix("Value error, ").split())
+    return text.replace("Input should be", "must be")
+
+
+def check_names(values: Iterable[str], known: Iterable[str], group: str = "") -> None:
     """Raises UserError for the first key that is not known, with the nearest right name."""
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {group}.{near[0]}?" if near else "see the comments in its group file"
-            raise UserError(f"{group}.{key}: unknown key; {hint}")
+            raise UserError(unknown(key, known, group))
 
 
 def _is_plain_dataclass(cls: type) -> bool:

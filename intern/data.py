@@ -30,6 +30,7 @@ _TOKENS = Features(
 )
 _FORM = 1  # of cached rows and tokens: raised with every change of how they are checked or rendered
 _ROWS_PER_PROCESS = 20_000  # below this a process costs more than it saves
+_LONGEST_ROW = 2**24  # bytes of a line: far more than any model's positions
 _NAMED = 5  # rows that a warning names
 
 
@@ -80,7 +81,10 @@ def _checked_rows(path: str, sha256: str, needs_material: bool, form: int) -> It
     """All rows of a file; sha256 and form only make the key of the cache."""
     empty = True
     with Path(path).open("rb") as file:
-        for number, line in enumerate(file, 1):
+        lines = iter(lambda: file.readline(_LONGEST_ROW + 1), b"")
+        for number, line in enumerate(lines, 1):
+            if len(line) > _LONGEST_ROW:
+                raise UserError(f"{path}:{number}: longer than {_LONGEST_ROW >> 20} MiB: each line holds one row")
             if line.strip():
                 empty = False
                 yield {"row": number} | checked_row(line, f"{path}:{number}", needs_material)
@@ -171,7 +175,7 @@ def tokenize(
         kept = set(tokens["row"])
         dropped = [row for row in rows["row"] if row not in kept]
     if not len(tokens):
-        raise UserError(f"no row of {name} fits into trainer.max_length={max_length} tokens: raise it")
+        raise UserError(f"trainer.max_length={max_length}: no row of {name} fits into so few tokens: raise it")
     if dropped:
         named = ", ".join(map(str, dropped[:_NAMED])) + (", ..." if len(dropped) > _NAMED else "")
         log.warning(

@@ -27,6 +27,7 @@ from intern.data import DataFile, Tokenized, read_rows, tokenize
 from intern.environment import describe, peak_memory
 from intern.errors import RunError, UserError
 from intern.generate import answer_losses, build_generation, generate
+from intern.health import Health
 from intern.libraries import route_messages
 from intern.lora import build_lora
 from intern.memory import FitMemory
@@ -35,6 +36,8 @@ from intern.plot import plot_loss
 from intern.precision import Precision, plan_training
 from intern.prompt import Prompt
 from intern.quant import build_quant
+from intern.resume import Carried, check_same, goes_on_longer, tell_changes
+from intern.rules import Shape, check_shape, check_values
 from intern.run import SCHEMA_VERSION, Run
 from intern.scoring import token_f1
 from intern.tracking import Tracker, check_logger, tracking
@@ -87,6 +90,11 @@ class Plan:
     eval_rows: Dataset | None
     eval: Tokenized | None
 
+    @property
+    def files(self) -> list[DataFile]:
+        """The data files that the run depends on."""
+        return [file for file in (self.train_file, self.eval_file) if file is not None]
+
 
 def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
     """Trains an adapter as `cfg` says and fills `run`; a run directory that an interruption left with checkpoints is gone on with.
@@ -108,16 +116,14 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
     """
     route_messages()
     _forget_the_job_before()
-    if run.finished and sweep is None:
-        raise UserError(f"{run.path} holds a finished run: take another hydra.run.dir")
     plan = _plan(cfg, run)
     cfg = _with_absolute_paths(cfg, plan)
-    _check_same(cfg, run, plan)
-    if run.finished:
+    if run.finished and sweep is not None and not goes_on_longer(cfg, run):
+        check_same(cfg, run, {str(file.path): file.sha256 for file in plan.files})
         log.info("%s is finished, score %.4f: not run again", run.path, run.score())
         return run.score()
     log.info("%s", plan.precision)
-    with tracking(plan.logger, cfg, run, _open(run, cfg, plan), sweep) as tracker:
+    with run.lock(), run.told_when_full(), tracking(plan.logger, cfg, run, *_open(run, cfg, plan, sweep)) as tracker:
         model, metrics = _train(plan.base.load(plan.quant, plan.precision), run, plan, tracker)
         with run.new_adapter() as folder:
             model.save_pretrained(str(folder))
@@ -140,6 +146,8 @@ def _forget_the_job_before() -> None:
 
 def _plan(cfg: DictConfig, run: Run) -> Plan:
     """Checks everything that can be checked without the model's weights, the cheapest first."""
+    values = plain(cfg)
+    check_values(values)
     logger = check_logger(cfg.logger)
     rules = build_rules(cfg.trainer)
     lora = build_lora(cfg.lora)
@@ -147,23 +155,20 @@ def _plan(cfg: DictConfig, run: Run) -> Plan:
     data = build(DataConfig, plain(cfg.data), "data")
     train_file = DataFile.find(data.train_file, "data.train_file")
     eval_file = DataFile.find(data.eval_file, "data.eval_file") if data.eval_file else None
-    trainer = plain(cfg.trainer)
+    trainer = values["trainer"]
     compute_dtype = quant.bnb_4bit_compute_dtype if quant is not None else None
     precision = plan_training(bool(trainer.get("use_cpu")), trainer.get("fp16"), trainer.get("bf16"), compute_dtype)
     args = build_training_args(cfg.trainer, run, precision, cfg.seed, evaluates=eval_file is not None)
-    train_rows = read_rows(train_file, needs_material=data.context != "never")
-    eval_rows = read_rows(eval_file, needs_material=data.context != "never") if eval_file is not None else None
     base = Base(cfg.model)
     base.check_fit(quant, precision)
     tokenizer = base.tokenizer()
+    check_shape(values, Shape(base.config, base.skeleton, tokenizer), lora)
     prompt = Prompt.from_tokenizer(tokenizer, data.system_prompt, data.context)
+    train_rows = read_rows(train_file, needs_material=data.context != "never")
+    eval_rows = read_rows(eval_file, needs_material=data.context != "never") if eval_file is not None else None
     if len(train_rows) < _LONG_DATA:
         datasets.disable_progress_bars()
     length = int(trainer["max_length"])
-    if length > base.config.get_text_config().max_position_embeddings:
-        raise UserError(
-            f"trainer.max_length={length}: the model has {base.config.get_text_config().max_position_embeddings} positions"
-        )
     train = tokenize(train_rows, tokenizer, prompt, length, data.num_proc, train_file.path.name)
     evaluated = None
     if eval_rows is not None and eval_file is not None:
@@ -188,42 +193,32 @@ def _plan(cfg: DictConfig, run: Run) -> Plan:
     )
 
 
-def _check_same(cfg: DictConfig, run: Run, plan: Plan) -> None:
-    """Raises UserError where a run directory that is gone on with was begun with another configuration or other data."""
-    if run.last_checkpoint() is None and not run.finished:
-        return
-    ours, theirs = _flat(cfg), _flat(run.read_config())
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
-            raise UserError(
-                f"{key} is not what {run.path} was begun with: give the same, or take another hydra.run.dir"
-            )
-    data = run.read_json(run.environment)["data"]
-    for file in (plan.train_file, plan.eval_file):
-        if file is not None and data.get(str(file.path)) != file.sha256:
-            raise UserError(f"{file.path} has changed since {run.path} was begun: take another hydra.run.dir")
+def _open(run: Run, cfg: DictConfig, plan: Plan, sweep: str | None) -> tuple[str, str | None]:
+    """Writes what is known at the start; returns the run's id and its sweep's name, the old ones where the run goes on.
 
-
-def _flat(cfg: DictConfig) -> dict[str, Any]:
-    """{"lora.r": 16, ...} of a configuration of groups."""
-    groups = plain(cfg)
-    return {
-        f"{group}.{key}" if key else group: value
-        for group, values in groups.items()
-        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
-    }
-
-
-def _open(run: Run, cfg: DictConfig, plan: Plan) -> str:
-    """Writes what is known at the start; returns the run's id, the old one where the run goes on."""
-    run_id = uuid.uuid4().hex[:12]
-    if run.environment.is_file():
-        run_id = run.read_json(run.environment).get("run_id", run_id)
-    files = [file for file in (plan.train_file, plan.eval_file) if file is not None]
+    Raises:
+        UserError: a finished run, or one that was begun with another configuration or other data.
+    """
+    if run.finished and not goes_on_longer(cfg, run):
+        raise UserError(
+            f"{run.path} holds a finished run: take another hydra.run.dir, or a higher trainer.max_steps to go on"
+        )
+    if run.finished and run.last_checkpoint() is None:
+        raise UserError(f"{run.path} holds a finished run whose checkpoints are gone: it cannot go on")
+    environment = {"run_id": uuid.uuid4().hex[:12], "sweep": sweep, "run_dir": str(run.path)} | describe(plan.files)
+    if run.last_checkpoint() is not None:
+        check_same(cfg, run, environment["data"])
+        before = run.read_json(run.environment)
+        tell_changes(before, environment)
+        environment |= {name: before.get(name) for name in ("run_id", "sweep")}
+        if before.get("gpu") != environment["gpu"]:
+            run.memory.unlink(missing_ok=True)  # measured on another card
+    run.metrics.unlink(missing_ok=True)  # from here on the run is unfinished again
+    run.drop_drafts()
     run.write_config(cfg)
     run.write_json(run.prompt, plan.prompt.to_json())
-    run.write_json(run.environment, {"run_id": run_id} | describe(files))
-    return run_id
+    run.write_json(run.environment, environment)
+    return environment["run_id"], environment["sweep"]
 
 
 def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tuple[Any, dict[str, Any]]:
@@ -231,7 +226,8 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
     steps = OptimizerSteps(plan.rules.min_steps, plan.rules.max_skipped_steps)
     interruption = Interruption()
     history = History(run, steps, tracker.log)
-    memory = FitMemory()
+    memory = FitMemory(run)
+    carried = Carried()
     patience = None
     if plan.rules.early_stopping_patience is not None:
         patience = Patience(plan.rules.early_stopping_patience, steps)
@@ -249,12 +245,14 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
             *([memory] if plan.fits_memory else []),
             *([patience] if patience else []),
             steps,
+            carried,
             interruption,
             history,
+            Health(run, steps),
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    memory.trainer = trainer
+    memory.trainer = carried.trainer = trainer
     checkpoint = run.last_checkpoint()
     log.info(
         "%d training rows, %s trainable parameters", len(plan.train.rows), f"{trainer.get_num_trainable_parameters():,}"
@@ -269,7 +267,7 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
         interruption.restore()
     if interruption.signal is not None:
         log.warning(
-            "interrupted after step %d: the same overrides with hydra.run.dir=%s go on from there",
+            "interrupted after step %d: python -m intern.train resume=%s goes on from there",
             trainer.state.global_step,
             run.path,
         )
@@ -368,6 +366,8 @@ def _with_absolute_paths(cfg: DictConfig, plan: Plan) -> DictConfig:
     """The configuration as the run directory keeps it: it must mean the same from every working directory."""
     cfg = cfg.copy()
     OmegaConf.set_readonly(cfg, False)
+    OmegaConf.set_struct(cfg, False)
+    cfg.pop("resume", None)
     cfg.model.pretrained_model_name_or_path = plan.base.name
     cfg.data.train_file = str(plan.train_file.path)
     if plan.eval_file is not None:

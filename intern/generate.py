@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from intern.config import plain
+from intern.config import check_names, plain
 from intern.errors import UserError
 from intern.prompt import IGNORED, Prompt
 
@@ -21,10 +21,7 @@ def build_generation(
         UserError: an unknown key or a value that transformers refuses.
     """
     values = plain(node) if isinstance(node, DictConfig) else node
-    known = GenerationConfig().to_dict()
-    for key in values:
-        if key not in known:
-            raise UserError(f"generation.{key}: unknown key; see transformers.GenerationConfig")
+    check_names(values, GenerationConfig().to_dict(), "generation")
     try:
         config = GenerationConfig(**values, eos_token_id=list(prompt.stop_ids), pad_token_id=tokenizer.pad_token_id)
         config.validate(strict=True)

@@ -4,7 +4,6 @@ from omegaconf import DictConfig
 from peft import LoraConfig
 
 from intern.config import build, plain
-from intern.errors import UserError
 
 
 def build_lora(node: DictConfig) -> LoraConfig:
@@ -13,8 +12,4 @@ def build_lora(node: DictConfig) -> LoraConfig:
     Raises:
         UserError: an unknown key, a value of the wrong type, or one that PEFT refuses.
     """
-    lora = build(LoraConfig, plain(node), "lora")
-    for name in ("r", "lora_alpha"):
-        if getattr(lora, name) < 1:
-            raise UserError(f"lora.{name}={getattr(lora, name)}: must be at least 1, or nothing is trained")
-    return lora
+    return build(LoraConfig, plain(node), "lora")

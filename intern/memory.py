@@ -10,7 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from intern.errors import RunError
 from intern.offload import offload_inputs, tile_mlps
+from intern.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +91,13 @@ def _usable(budget: int) -> int:
 
 
 class FitMemory(TrainerCallback):
-    """Makes the plan at the beginning of training, from the largest batches of the data, and puts it into effect."""
+    """Makes the plan at the beginning of training, from the largest batches of the data, and puts it into effect.
 
-    def __init__(self) -> None:
+    The run keeps it in memory.json: one that goes on from a checkpoint repeats it instead of measuring again.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self.trainer: Any = None  # set when it is built: it is built with its callbacks
         self.plan: MemoryPlan | None = None
         self._layers: list[GradientCheckpointingLayer] = []
@@ -103,6 +108,17 @@ class FitMemory(TrainerCallback):
     ) -> None:
         model = self.trainer.model_wrapped
         self._layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        # What recomputes decides how sums round: a run that goes on must not differ.
+        if state.global_step and self.run.memory.is_file():
+            self.plan = MemoryPlan(**self.run.read_json(self.run.memory))
+            if self.plan.offloaded:
+                offload_inputs(self._layers)
+            if self.plan.tiled:
+                tile_mlps(self._layers, _PIECE)
+            self._keep(self.plan.layers - self.plan.checkpointed)
+            self.trainer.step_back = self.step_back
+            log.info("%s, as before", self.plan)
+            return
         batch = self._largest_batch(args.per_device_train_batch_size)
         # Optimizer states are not there yet: two 4-byte moments at most for each trainable parameter.
         states = 8 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -143,6 +159,7 @@ class FitMemory(TrainerCallback):
         self.trainer.forget_metrics()
         self.trainer.step_back = self.step_back
         torch.cuda.empty_cache()
+        self.run.write_json(self.run.memory, asdict(self.plan))
         tokens = sum(len(row) for row in batch["input_ids"])
         left = (state.max_steps - state.global_step) * args.gradient_accumulation_steps * self._seconds
         log.info(
@@ -174,6 +191,7 @@ class FitMemory(TrainerCallback):
                 "GPU memory ran out although everything is given up for it: lower trainer.per_device_train_batch_size, "
                 "then trainer.max_length, or end what else uses the card"
             )
+        self.run.write_json(self.run.memory, asdict(self.plan))
         log.warning("GPU memory ran out: this step again, from now on with %s", self.plan)
 
     def _keep(self, kept: int) -> None:

@@ -1,5 +1,6 @@
 """conf/model -> tokenizer and base model, quantized while it loads."""
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from intern.attention import NAME, register
+from intern.attention import KNOWN, NAME, register
 from intern.config import check_names, plain
 from intern.errors import UserError
 from intern.paths import find
@@ -48,11 +49,22 @@ class Base:
         if not isinstance(self._arguments.get("pretrained_model_name_or_path"), str):
             raise UserError("model.pretrained_model_name_or_path: give a folder or a model's name on the hub")
         name = self._arguments.pop("pretrained_model_name_or_path")
+        attention, revision = self._arguments.get("attn_implementation"), self._arguments.get("revision")
+        if (
+            attention is not None and attention not in KNOWN
+        ):  # a name with a slash would fetch a kernel, that is code, from the hub
+            raise UserError(f"model.attn_implementation={attention}: must be one of {', '.join(KNOWN)}")
+        if revision is not None and not isinstance(revision, str):
+            raise UserError(f"model.revision={revision}: must be a branch, a tag or a commit, as text")
         folder = find(name)
         self.name = str(folder) if folder is not None and folder.is_dir() else name
         if folder is None and (name.startswith((".", "/", "~")) or name.count("/") != 1):
             raise UserError(f"model.pretrained_model_name_or_path={name}: no such folder")
         self._revision = self._arguments.get("revision")
+        if (Path(self.name) / "adapter_config.json").exists():  # transformers would load whatever base that file names
+            raise UserError(
+                f"model.pretrained_model_name_or_path={name}: is an adapter's folder: give the base model's"
+            )
         self.config: PreTrainedConfig = self._fetch(AutoConfig)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -69,10 +81,33 @@ class Base:
             tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
         return tokenizer
 
+    @functools.cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights: its modules on the meta device, which takes no memory.
+
+        Raises:
+            UserError: a configuration that makes no causal language model.
+        """
+        try:
+            with torch.device("meta"):
+                skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+        except (
+            ValueError,
+            TypeError,
+            ZeroDivisionError,
+            RuntimeError,
+            KeyError,
+            AttributeError,
+        ) as error:  # of any model's code
+            raise UserError(
+                f"model.pretrained_model_name_or_path={self.name}: its config.json makes no language model "
+                f"({' '.join(str(error).split())[:200]})"
+            ) from error
+        return skeleton
+
     def parameters(self) -> int:
         """The number of weights, counted without loading them."""
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config).num_parameters()
+        return self.skeleton.num_parameters()
 
     def check_fit(self, quant: BitsAndBytesConfig | None, precision: Precision) -> None:
         """Raises UserError where the weights alone are too large for this machine."""
@@ -146,7 +181,8 @@ class Base:
             arguments["revision"] = self._revision
         key = f"model.pretrained_model_name_or_path={self.name}"
         try:
-            return loader.from_pretrained(self.name, **arguments)
+            # Code that a model brings along is never run, and nobody is asked whether it may be.
+            return loader.from_pretrained(self.name, trust_remote_code=False, **arguments)
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise UserError(f"{key}: {_explain(error, self._revision)}") from error
 
@@ -169,6 +205,8 @@ def _explain(error: BaseException, revision: str | None) -> str:
     def raised(kind: type[BaseException]) -> bool:
         return any(issubclass(one, kind) for one in kinds)
 
+    if any("trust_remote_code" in str(one) for one in chain):
+        return "brings code of its own, which is never run here: take a model that transformers itself knows"
     if raised(GatedRepoError):
         return "gated: accept its licence on its page, then `hf auth login`; model=llama3_8b_nf4 needs no account"
     if raised(RepositoryNotFoundError):

@@ -11,6 +11,9 @@ CONF_DIR = PROJECT / "conf"
 def find(path: str | Path) -> Path | None:
     """The existing file or folder that `path` means, absolute: in the working directory first, then in the project; None if in neither."""
     for base in (Path.cwd(), PROJECT):
-        if (candidate := base / Path(path).expanduser()).exists():
-            return candidate.resolve()
+        try:
+            if (candidate := base / Path(path).expanduser()).exists():
+                return candidate.resolve()
+        except (OSError, RuntimeError, ValueError):  # a name that is too long, a ring of links, an unknown ~user, a NUL
+            return None
     return None

@@ -53,6 +53,7 @@ def plan_training(use_cpu: bool, fp16: bool | None, bf16: bool | None, compute_d
             )
         dtype = torch.bfloat16 if bf16 else compute_dtype or torch.float32
         return Precision("cpu", dtype, fp16=False, bf16=bool(bf16))
+    _check_agreement(fp16, bf16, compute_dtype)
     if not torch.cuda.is_available():
         raise UserError(
             "no CUDA GPU found, and trainer.use_cpu is false: experiment=tiny_cpu runs the whole pipeline on a CPU"
@@ -66,11 +67,17 @@ def plan_training(use_cpu: bool, fp16: bool | None, bf16: bool | None, compute_d
         bf16 = has_bf16 and bf16 is None
         fp16 = not bf16 and fp16 is None
     dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
-    if compute_dtype is not None and (fp16 or bf16) and compute_dtype != dtype:
+    _check_agreement(fp16, bf16, compute_dtype)  # what the card chose must agree too
+    return Precision("cuda", dtype, fp16=bool(fp16), bf16=bool(bf16))
+
+
+def _check_agreement(fp16: bool | None, bf16: bool | None, compute_dtype: torch.dtype | None) -> None:
+    """Raises UserError where quantized matmuls would compute in another dtype than the rest."""
+    dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else None
+    if None not in (compute_dtype, dtype) and compute_dtype != dtype:
         wanted, quant = ("fp16", "nf4_fp16") if fp16 else ("bf16", "nf4_bf16")
         name = str(compute_dtype).removeprefix("torch.")
         raise UserError(f"quant.bnb_4bit_compute_dtype={name} contradicts trainer.{wanted}=true: take quant={quant}")
-    return Precision("cuda", dtype, fp16=bool(fp16), bf16=bool(bf16))
 
 
 def plan_inference(compute_dtype: torch.dtype | None) -> Precision:

@@ -213,12 +213,28 @@ class Prompt:
         return asdict(self) | {"template_sha256": hashlib.sha256("\0".join(self.template).encode()).hexdigest()}
 
     @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> "Prompt":
-        """The prompt of a finished run."""
-        first, second, third, fourth = stored["template"]
-        return cls(
-            stored["system_prompt"], stored["context"], (first, second, third, fourth), tuple(stored["stop_ids"])
-        )
+    def from_json(cls, stored: dict[str, Any], place: str = "prompt.json") -> "Prompt":
+        """The prompt of a finished run; UserError, beginning with `place`, where it is not as `to_json` writes it."""
+        template, stop_ids = stored.get("template"), stored.get("stop_ids")
+        if not isinstance(template, list) or len(template) != 4 or not all(map(_is_text, template)):
+            raise UserError(f"{place}: template must be four pieces of text")
+        if not _is_text(stored.get("system_prompt")):
+            raise UserError(f"{place}: system_prompt must be text")
+        if stored.get("context") not in get_args(Context):
+            raise UserError(f"{place}: context must be one of {', '.join(get_args(Context))}")
+        if (
+            not isinstance(stop_ids, list)
+            or not stop_ids
+            or not all(type(token) is int and 0 <= token < 2**31 for token in stop_ids)
+        ):
+            raise UserError(f"{place}: stop_ids must be the numbers of tokens")
+        first, second, third, fourth = template
+        return cls(stored["system_prompt"], stored["context"], (first, second, third, fourth), tuple(stop_ids))
+
+
+def _is_text(value: Any) -> bool:
+    """Text that a tokenizer takes: no half surrogate pairs."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:

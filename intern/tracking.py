@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 _KEYS = ["project", "entity", "group", "tags", "mode", "notes", "job_type", "log_adapter", "sample_answers"]
 
 
+_START, _END = 20, 600  # seconds that a run waits for a W&B server at its start, and for its uploads at its end
+
+
 class Tracker:
     """What a training run reports beside its own files. Without a W&B run every call does nothing."""
 
@@ -75,6 +78,9 @@ def tracking(values: dict[str, Any], cfg: DictConfig, run: Run, run_id: str, swe
         return
     import wandb
 
+    logging.getLogger(
+        "wandb"
+    ).propagate = False  # what it logs is in its own files; what a user can act on is said below
     own = {name: values.pop(name) for name in ("log_adapter", "sample_answers") if name in values}
     values["group"] = values.get("group") or sweep
     chosen = values.get("mode") is None and "WANDB_MODE" not in os.environ
@@ -89,17 +95,21 @@ def tracking(values: dict[str, Any], cfg: DictConfig, run: Run, run_id: str, swe
         config=plain(cfg),
         resume="allow",
         reinit="finish_previous",
-        settings=wandb.Settings(console="off", silent=True),
+        settings=wandb.Settings(console="off", silent=True, init_timeout=_START, finish_timeout=_END),
     )
     try:
         wandb_run = start(mode=values.get("mode"))
     except wandb.errors.Error as error:
         reason = " ".join(str(error).split())
-        if not chosen:
+        unreachable = isinstance(error, wandb.errors.CommError) and not isinstance(
+            error, wandb.errors.AuthenticationError
+        )
+        if not chosen and not unreachable:
             raise UserError(
                 f"logger: W&B refuses ({reason}): check key and entity, or take logger.mode=offline"
             ) from error
-        log.warning("W&B cannot be reached with the key that is here (%s): this run is logged offline", reason)
+        log.warning("W&B cannot be reached (%s): this run is logged offline, and `wandb sync` uploads it later", reason)
+        wandb.teardown()  # its helper process holds on to the id of the run that did not start
         wandb_run = start(mode="offline")
     if wandb_run.settings.mode == "online":
         log.info("W&B: %s", wandb_run.url)

@@ -6,11 +6,24 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from intern import sweep
-from intern.cli import command
-from intern.run import Run
+from intern.cli import command, quoted
+from intern.errors import UserError
+from intern.run import Run, stopped
 
 
-@command("train")
+def _in_place(arguments: list[str]) -> list[str]:
+    """resume=RUN_DIR: Hydra's output directory becomes the run itself, and what Hydra wrote there at its start stays."""
+    asked = [text.partition("=")[2].strip("\"'") for text in arguments if text.startswith("resume=")]
+    if not asked or asked[-1] == "null":
+        return arguments
+    if {"-m", "--multirun"} & set(arguments):
+        raise UserError(f"resume={asked[-1]}: goes on with one run; leave out --multirun")
+    run = stopped(asked[-1])
+    kept = [text for text in arguments if not text.startswith("resume=")]
+    return [*kept, quoted("resume", str(run.path)), quoted("hydra.run.dir", str(run.path)), "hydra.output_subdir=null"]
+
+
+@command("train", prepare=_in_place)
 def main(cfg: DictConfig) -> float:
     """Fine-tunes a model on question/answer rows with QLoRA."""
     hydra = HydraConfig.get()
@@ -19,7 +32,10 @@ def main(cfg: DictConfig) -> float:
         run.discard_failed_attempt()
     with run.noting_failure():
         from intern.finetune import finetune  # heavy: keeps --help fast
+        from intern.resume import own_config
 
+        if cfg.resume is not None:
+            cfg = own_config(run, cfg, hydra.overrides.task)
         return finetune(cfg, run, folder.name if folder is not None else None)
 
 

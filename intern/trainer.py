@@ -26,6 +26,7 @@ from intern.config import build, plain
 from intern.errors import RunError, UserError
 from intern.linear import fuse_adapters
 from intern.precision import Precision
+from intern.prompt import IGNORED
 from intern.run import Run
 
 log = logging.getLogger(__name__)
@@ -35,21 +36,27 @@ AUTO = "auto"  # for trainer.activation_checkpointing (intern/memory.py) and tra
 _NOT_KEPT = {"num_tokens", "eval_num_tokens", "total_flos", "train_runtime"} | {
     f"train_{unit}_per_second" for unit in ("tokens", "samples", "steps")
 }
-# SFTConfig's keys that something else decides.
+# SFTConfig's keys that something else decides, and what does.
 _ELSEWHERE = {
-    "output_dir": "hydra.run.dir",
-    "seed": "seed",
-    "report_to": "logger",
-    "disable_tqdm": "nothing: progress adapts to the terminal",
-    "include_num_input_tokens_seen": "nothing: tokens are always counted",
-    "logging_nan_inf_filter": "nothing: a loss that is no number ends the run",
-    "dataset_kwargs": "trainer.packing",
-    "resume_from_checkpoint": "hydra.run.dir: the same run directory goes on",
-    "model_init_kwargs": "model",
-    "chat_template_path": "model: the tokenizer's own",
-    "eos_token": "model: the tokenizer's own",
-    "gradient_checkpointing": "trainer.activation_checkpointing, its new name",
-    "gradient_checkpointing_kwargs": "trainer.activation_checkpointing_kwargs, its new name",
+    "output_dir": "decided by hydra.run.dir",
+    "seed": "decided by seed",
+    "report_to": "decided by logger",
+    "disable_tqdm": "progress adapts to the terminal",
+    "include_num_input_tokens_seen": "tokens are always counted",
+    "logging_nan_inf_filter": "a loss that is no number ends the run",
+    "dataset_kwargs": "decided by trainer.packing",
+    "resume_from_checkpoint": "decided by resume: python -m intern.train resume=RUN_DIR",
+    "ignore_data_skip": "a run that goes on takes the next row, not the first",
+    "save_only_model": "a checkpoint holds all that a run needs to go on",
+    "restore_callback_states_from_checkpoint": "they are always restored",
+    "assistant_only_loss": "loss is on the answer and its end of turn",
+    "completion_only_loss": "loss is on the answer and its end of turn",
+    "model_init_kwargs": "decided by model",
+    "trust_remote_code": "code that a model brings along is never run",
+    "chat_template_path": "decided by model: the tokenizer's own",
+    "eos_token": "decided by model: the tokenizer's own",
+    "gradient_checkpointing": "decided by trainer.activation_checkpointing, its new name",
+    "gradient_checkpointing_kwargs": "decided by trainer.activation_checkpointing_kwargs, its new name",
 }
 
 
@@ -64,27 +71,11 @@ class StepRules:
 
 
 def build_rules(node: DictConfig) -> StepRules:
-    """Raises UserError for a wrong type, a missing key, or a max_steps that contradicts min_steps."""
+    """Raises UserError for a wrong type or a missing key."""
     values = plain(node)
-    rules = build(StepRules, {name: values.get(name) for name in StepRules.__dataclass_fields__}, "trainer")
-    if rules.eval_answers < 0:
-        raise UserError(f"trainer.eval_answers={rules.eval_answers}: give the golden rows to answer, 0 for none")
-    if rules.eval_answers and values.get("eval_strategy", "no") == "no":
-        raise UserError(f"trainer.eval_answers={rules.eval_answers} needs trainer.eval_strategy=steps")
-    if str(values.get("metric_for_best_model")).removeprefix("eval_") == "f1" and not rules.eval_answers:
-        raise UserError(
-            "trainer.metric_for_best_model=eval_f1 needs trainer.eval_answers: golden rows to answer at each evaluation, such as 32"
-        )
-    most = values.get("max_steps", -1)
-    if isinstance(most, int) and 0 < most < rules.min_steps:
-        raise UserError(
-            f"trainer.max_steps={most} is below trainer.min_steps={rules.min_steps}: raise it, or set trainer.min_steps={most} too"
-        )
-    if rules.early_stopping_patience is not None and not values.get("load_best_model_at_end"):
-        raise UserError(
-            "trainer.early_stopping_patience needs trainer.load_best_model_at_end=true and trainer.eval_strategy=steps"
-        )
-    return rules
+    return build(
+        StepRules, {name: values[name] for name in StepRules.__dataclass_fields__ if name in values}, "trainer"
+    )
 
 
 def build_training_args(node: DictConfig, run: Run, precision: Precision, seed: int, evaluates: bool) -> SFTConfig:
@@ -96,7 +87,7 @@ def build_training_args(node: DictConfig, run: Run, precision: Precision, seed: 
     values = {key: value for key, value in plain(node).items() if key not in StepRules.__dataclass_fields__}
     for key, place in _ELSEWHERE.items():
         if key in values:
-            raise UserError(f"trainer.{key}: not set here; decided by {place}")
+            raise UserError(f"trainer.{key}: not set here; {place}")
     if values.get("eval_strategy", "no") != "no" and not evaluates:
         raise UserError(f"trainer.eval_strategy={values['eval_strategy']} needs a data.eval_file")
     if values.get("max_length") is None:
@@ -344,6 +335,7 @@ class InternTrainer(SFTTrainer):
         self.step_back: Callable[[], None] | None = None  # makes room where GPU memory runs out, see intern/memory.py
         self._batches: list[dict[str, Any]] = []  # of the optimizer step that is under way
         self._answers_f1 = answers_f1
+        self._has_looked = False
         super().__init__(**kwargs)
         # TRL casts the adapters of a quantized model to bfloat16: fp16's GradScaler cannot unscale that, and small updates vanish in it.
         assert self.model is not None
@@ -376,6 +368,17 @@ class InternTrainer(SFTTrainer):
                 self._batches = []
                 raise
             return None
+
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
+        """The library's; the first batch must have something to learn from, or every loss would be 0 / 0."""
+        samples, tokens = super().get_batch_samples(*arguments)
+        if not self._has_looked and samples:
+            self._has_looked = True
+            if not any(bool((sample["labels"] != IGNORED).any()) for sample in samples):
+                raise RunError(
+                    "no token of the first batch carries loss: look at the rows with python -m intern.preview"
+                )
+        return samples, tokens
 
     def forget_metrics(self) -> None:
         """Takes back what a step outside of training has left in the figures of the next log entry."""

@@ -107,8 +107,10 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     trainer = build(args, common, dtype, rows, tokenizer, checkpointing or "auto" in flags)
     if "auto" in flags:
         from intern.memory import FitMemory
+        from intern.run import Run
 
-        trainer.add_callback(memory := FitMemory())
+        (folder := Path(common["output_dir"])).mkdir(exist_ok=True)
+        trainer.add_callback(memory := FitMemory(Run(folder)))
         memory.trainer = trainer
     if "offload" in flags or "tile" in flags:
         from transformers.modeling_layers import GradientCheckpointingLayer

@@ -11,7 +11,7 @@ COMMANDS = sorted(path.stem for path in (ROOT / "intern").glob("*.py") if '__nam
 
 
 def test_there_are_commands():
-    assert COMMANDS == ["compare", "doctor", "evaluate", "preview", "query", "train"]
+    assert COMMANDS == ["compare", "doctor", "evaluate", "preview", "query", "train", "verify"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -35,9 +35,9 @@ def test_every_command_has_a_primary_config_of_its_name(name):
     [
         (
             "lora.rr=3",
-            "lora.rr: unknown key 'rr', did you mean 'r'?; a library's key that is in no group file is added with a plus: +lora.rr=...",
+            "lora.rr: unknown key; did you mean lora.r? (a key of the library that no group file has is added with a plus: +lora.rr=...)",
         ),
-        ("loraa=qkvo", "loraa: unknown key 'loraa', did you mean 'lora'?"),
+        ("loraa=qkvo", "loraa: unknown key; did you mean lora?"),
         ("lora=qkv", "qkvo"),
         ("experiment=nothing", "tiny_cpu"),
     ],

@@ -130,7 +130,7 @@ def test_rows_that_do_not_fit_are_dropped_counted_and_named(rows_file, tokenizer
 
 def test_no_row_that_fits_is_an_error(rows_file, tokenizer):
     rows = read(rows_file(GOOD))
-    with pytest.raises(UserError, match="no row of rows fits into trainer.max_length=10"):
+    with pytest.raises(UserError, match="trainer.max_length=10: no row of rows fits"):
         tokenize(rows, tokenizer, Prompt.from_tokenizer(tokenizer, "Be brief.", "never"), 10, None)
 
 

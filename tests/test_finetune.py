@@ -280,7 +280,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
-    stopped = int(re.search(r"interrupted after step (\d+): the same overrides with hydra.run.dir=", stderr).group(1))
+    stopped = int(re.search(r"interrupted after step (\d+): python -m intern.train resume=", stderr).group(1))
     assert 3 <= stopped < 40 and not (target / "metrics.json").exists()
     done = command("intern.train", *overrides)
     assert f"going on from {target}/checkpoints/checkpoint-{stopped}" in done.stderr

@@ -121,8 +121,11 @@ def test_a_chat_answers_line_by_line(trained_run):
         (["run_dir=nowhere", "question=x"], "run_dir=nowhere: no such folder"),
         (["run_dir={run}", "question=' '"], "question is empty"),
         (["run_dir={run}", "question=x", "context=y"], "trained with data.context=never"),
-        (["run_dir={run}", "question=x", "generation.temprature=1"], "did you mean 'temperature'"),
-        (["run_dir={run}", "question=x", "+generation.max_tokens=1"], "generation.max_tokens: unknown key"),
+        (["run_dir={run}", "question=x", "generation.temprature=1"], "did you mean generation.temperature?"),
+        (
+            ["run_dir={run}", "question=x", "+generation.max_tokens=1"],
+            "generation.max_tokens: unknown key; did you mean generation.max_new_tokens?",
+        ),
         (["run_dir={run}", "question=x", "generation.max_new_tokens=-3"], "max_new_tokens"),
         (
             ["run_dir={run}", "question=x", "base_model=/nowhere/at/all"],
@@ -155,5 +158,7 @@ def test_a_damaged_adapter_is_named(trained_run, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     done = command("intern.query", f"run_dir={broken}", "question=x", check=False)
     assert (
-        done.returncode == 2 and f"{broken}/adapter: cannot be loaded" in done.stderr and done.stderr.count("\n") == 1
+        done.returncode == 2
+        and f"{broken}/adapter/adapter_model.safetensors: cannot be loaded" in done.stderr
+        and done.stderr.count("\n") == 1
     )

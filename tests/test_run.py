@@ -4,7 +4,9 @@ import json
 import os
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from intern.errors import UserError
 from intern.run import Run, resolve
@@ -95,6 +97,9 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
         folder.mkdir(parents=True)
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
+        save_file({"weight": torch.zeros(1)}, folder / "adapter_model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({}, folder / name)
     assert run.last_checkpoint() == run.checkpoints / "checkpoint-100"
 
 
