@@ -127,6 +127,8 @@ def _view(evaluation: Evaluation) -> dict[str, Any]:
 
 def _told(evaluation: Evaluation) -> str:
     """How it is known what training saw, and how much of the golden file that is."""
+    if all(row is None for row in evaluation.overlap.rows):
+        return evaluation.overlap.told_by
     rows, chunks = sum(map(bool, evaluation.overlap.rows)), sum(map(bool, evaluation.overlap.chunks))
     return f"{evaluation.overlap.told_by} {rows} of {len(evaluation.rows)} golden rows are training rows, {chunks} are on its chunks."
 

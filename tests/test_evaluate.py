@@ -166,6 +166,7 @@ def test_rows_and_chunks_of_training_are_labelled_by_content(first):
     for name in ("report.html", "report.md"):
         text = (first.folder / name).read_text(encoding="utf-8")
         assert all(group.label in text for group in first.groups[:4]) and "What this does not measure" in text
+        assert "3 of 10 golden rows are training rows, 6 are on its chunks." in text
 
 
 def test_what_training_saw_cannot_be_told_without_its_file(run, golden, tmp_path):
