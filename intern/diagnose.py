@@ -639,7 +639,9 @@ def missing_weights(name: str, revision: str | None) -> int:
     folder = Path(name)
     if folder.is_dir():
         if missing := list(_missing(lambda file: str(folder / file) if (folder / file).is_file() else None)):
-            raise UserError(f"{key}: {', '.join(missing[:3])} missing in this folder: copy or download the model again")
+            raise UserError(
+                f"{key}: {', '.join(missing[:3])} missing or cut short in this folder: copy or download the model again"
+            )
         return 0
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
@@ -668,15 +670,29 @@ def missing_weights(name: str, revision: str | None) -> int:
 
 
 def _missing(find: Callable[[str], str | None]) -> Iterator[str]:
-    """The names of weight files that `find` does not find."""
-    if find("model.safetensors") is not None:
+    """The names of weight files that `find` does not find, or that are not whole."""
+    if (single := find("model.safetensors")) is not None:
+        yield from [] if _whole(single) else ["model.safetensors"]
         return
     index = find("model.safetensors.index.json")
     if index is None:
         yield "model.safetensors"
         return
-    files = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-    yield from sorted(file for file in files if find(file) is None)
+    for file in sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())):
+        path = find(file)
+        if path is None or not _whole(path):
+            yield file
+
+
+def _whole(path: str) -> bool:
+    """Whether a safetensors file has the length that its header tells of; the weights themselves are not read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def available_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -220,10 +220,19 @@ def test_a_folder_without_its_weights_is_red(tmp_path, shards):
         files = [f"model-{number}.safetensors" for number in (1, 2)]
         (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(enumerate(files))}))
         for file in files[:shards]:
-            (base / file).touch()
+            shutil.copy(ROOT / "data/tiny_llama3/model.safetensors", base / file)
     found = line("weights", TINY, f"model.pretrained_model_name_or_path={base}")
     assert found.status == (GREEN if shards == 2 else RED)
     assert ("model.safetensors missing", "model-2.safetensors missing", "there")[shards] in found.found
+
+
+def test_weights_that_were_cut_short_are_red(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(ROOT / "data/tiny_llama3", base)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    found = line("weights", TINY, f"model.pretrained_model_name_or_path={base}")
+    assert found.status == RED and "model.safetensors missing or cut short" in found.found
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
