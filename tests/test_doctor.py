@@ -24,18 +24,11 @@ from transformers import AutoConfig
 import intern.finetune  # noqa: F401  # loads every library before a test puts a GPU in front of them
 from intern import doctor as command
 from intern.checks import AMBER, GREEN, RED
-from intern.diagnose import (
-    CHECKS,
-    Facts,
-    _has_kernels,
-    available_memory,
-    diagnose,
-    missing_weights,
-    requirements,
-    run_check,
-)
+from intern.diagnose import CHECKS, diagnose, run_check
 from intern.errors import UserError
 from intern.estimate import GIB, Shape, training_peak
+from intern.facts import Facts
+from intern.machine import available_memory, has_kernels, missing_weights, requirements
 from intern.paths import CONF_DIR
 
 TINY = "experiment=tiny_cpu"
@@ -359,7 +352,7 @@ def test_a_card_that_torch_has_no_kernels_for_is_red(card):
     ],
 )
 def test_which_kernels_a_card_can_run(capability, built, runs):
-    assert _has_kernels(*capability, built) is runs
+    assert has_kernels(*capability, built) is runs
 
 
 def test_too_little_gpu_memory_is_red_and_tight_is_amber(card):
