@@ -8,235 +8,26 @@ import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
-import re
 import shutil
-import subprocess
-import tomllib
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
-from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from intern.checks import AMBER, GREEN, RED, Check
 from intern.errors import RunError, UserError
-from intern.estimate import GIB, Shape, TrainingPeak, datasets_cache, host_memory, run_directory, training_peak
-from intern.paths import PROJECT
-
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
-    from trl import SFTConfig
-
-    from intern.finetune import DataConfig
-    from intern.model import Base
-    from intern.precision import Precision
-    from intern.prompt import Prompt
+from intern.estimate import GIB, TrainingPeak, datasets_cache, host_memory, run_directory
+from intern.facts import Facts, NotKnownError
+from intern.machine import answers, available_memory, driver_version, existing, has_kernels, requirements, short_path
+from intern.paths import find
 
 _LONG_DATA = 20_000  # rows from which tokenizing takes longer than a person waits for a diagnosis
 _TIGHT = 0.9  # share of the free memory above which an estimate may well be wrong
-_TIMEOUT = 5  # seconds for one question to the network or the driver
 _NO_GPU = "experiment=tiny_cpu runs on a CPU; in Colab choose a T4 runtime"
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-
-
-class NotKnownError(Exception):
-    """What a check needs is what another check, named here, has found to be wrong."""
-
-
-def fact(make: Callable[[Any], Any]) -> Any:
-    """A property that is made once; what making it raises is raised each time, without a second try."""
-    name = make.__name__
-
-    def get(self: "Facts") -> Any:
-        if name not in self.made:
-            try:
-                self.made[name] = make(self), None
-            except Exception as error:  # kept, to be raised to every check that asks
-                self.made[name] = None, error
-        value, fault = self.made[name]
-        if fault is not None:
-            raise fault
-        return value
-
-    return property(get, doc=make.__doc__)
-
-
-class Facts:
-    """What checks share. An attribute raises what its library or builder raises; `known` turns that into a reference to the check of it."""
-
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg = cfg
-        self.made: dict[str, tuple[Any, Exception | None]] = {}
-        self._went_offline = False
-
-    def known(self, name: str, check: str) -> Any:
-        """The attribute `name`; NotKnownError where it cannot be had, for the reason that `check` tells."""
-        try:
-            return getattr(self, name)
-        except Exception as error:  # whatever it is, the check that is named shows it
-            raise NotKnownError(check) from error
-
-    def leave_network(self) -> None:
-        """Takes back that the libraries were told not to ask the hub."""
-        if self._went_offline:
-            from huggingface_hub import constants
-
-            constants.HF_HUB_OFFLINE = False
-
-    @fact
-    def logger(self) -> dict[str, Any]:
-        from intern.tracking import check_logger
-
-        return check_logger(self.cfg.logger)
-
-    @fact
-    def trainer(self) -> dict[str, Any]:
-        from intern.config import plain
-
-        return plain(self.cfg.trainer)
-
-    @fact
-    def on_cpu(self) -> bool:
-        return bool(self.trainer.get("use_cpu"))
-
-    @fact
-    def quant(self) -> "BitsAndBytesConfig | None":
-        from intern.quant import build_quant
-
-        return build_quant(self.cfg.quant)
-
-    @fact
-    def data(self) -> "DataConfig":
-        from intern.config import build, plain
-        from intern.finetune import DataConfig
-
-        return build(DataConfig, plain(self.cfg.data), "data")
-
-    @fact
-    def precision(self) -> "Precision":
-        from intern.precision import plan_training
-
-        compute_dtype = self.quant.bnb_4bit_compute_dtype if self.quant is not None else None
-        return plan_training(self.on_cpu, self.trainer.get("fp16"), self.trainer.get("bf16"), compute_dtype)
-
-    @fact
-    def args(self) -> "SFTConfig":
-        """The trainer's arguments; those that a CPU would have where no precision can be planned here."""
-        import torch
-
-        from intern.precision import Precision
-        from intern.run import Run
-        from intern.trainer import build_training_args
-
-        try:
-            precision = self.precision
-        except UserError:
-            precision = Precision("cpu", torch.float32, fp16=False, bf16=False)
-        run = Run(Path(self.cfg.run_dir))
-        return build_training_args(
-            self.cfg.trainer, run, precision, self.cfg.seed, evaluates=self.data.eval_file is not None
-        )
-
-    @fact
-    def is_folder(self) -> bool:
-        """Whether the model is a folder here, for which nobody has to be asked."""
-        from intern.paths import find
-
-        folder = find(str(self.cfg.model.get("pretrained_model_name_or_path")))
-        return folder is not None and folder.is_dir()
-
-    @fact
-    def offline_by_wish(self) -> bool:
-        from huggingface_hub import constants
-
-        return bool(constants.HF_HUB_OFFLINE)
-
-    @fact
-    def online(self) -> bool:
-        """Whether the hub answers; the libraries are not left to find out by trying again and again."""
-        from huggingface_hub import constants
-
-        if self.is_folder or self.offline_by_wish:
-            return not self.offline_by_wish
-        if not _answers(constants.ENDPOINT):
-            constants.HF_HUB_OFFLINE = self._went_offline = True
-        return not self._went_offline
-
-    @fact
-    def base(self) -> "Base":
-        from intern.model import Base
-
-        _ = self.online
-        return Base(self.cfg.model)
-
-    @fact
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
-        return self.base.tokenizer()
-
-    @fact
-    def prompt(self) -> "Prompt":
-        from intern.prompt import Prompt
-
-        return Prompt.from_tokenizer(self.tokenizer, self.data.system_prompt, self.data.context)
-
-    @fact
-    def adapted(self) -> Any:
-        """The model with its adapter, without weights."""
-        import torch
-        from peft import get_peft_model
-        from transformers import AutoModelForCausalLM
-
-        from intern.lora import build_lora
-
-        with torch.device("meta"):
-            return get_peft_model(AutoModelForCausalLM.from_config(self.base.config), build_lora(self.cfg.lora))
-
-    @fact
-    def download(self) -> int:
-        """Bytes of weights that are still to be fetched."""
-        return missing_weights(self.base.name, self.cfg.model.get("revision"))
-
-    @fact
-    def state_bytes(self) -> int:
-        """Bytes of optimizer states for a trainable parameter."""
-        return 2 if "8bit" in str(self.trainer.get("optim", "")) else 8
-
-    @fact
-    def peak(self) -> TrainingPeak:
-        """What a training step takes on its device."""
-        import torch
-        from peft.tuners.lora import LoraLayer
-
-        text = self.base.config.get_text_config()
-        try:
-            dtype, on_gpu = self.precision.dtype, self.precision.device == "cuda"
-        except UserError:  # another machine's precision: what the configuration asks for
-            dtype, on_gpu = getattr(self.quant, "bnb_4bit_compute_dtype", None) or torch.float16, True
-        weights = self.base.weight_bytes(self.quant, dtype)
-        if weights is None:
-            raise UserError("model: its own quantization has a size that is not known here")
-        heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        inputs = sum(int(layer.in_features or 0) for layer in self.adapted.modules() if isinstance(layer, LoraLayer))
-        shape = Shape(
-            layers=text.num_hidden_layers,
-            hidden=text.hidden_size,
-            intermediate=text.intermediate_size,
-            key_value=heads * size,
-            weights=weights,
-            trainable=self.adapted.get_nb_trainable_parameters()[0],
-            adapted_inputs=inputs / text.num_hidden_layers,
-        )
-        tokens = int(self.args.max_length or 0) * self.args.per_device_train_batch_size
-        fused = on_gpu and self.trainer.get("use_liger_kernel") is not False and _installed("liger-kernel")
-        return training_peak(shape, tokens, 2 if on_gpu else dtype.itemsize, fused, self.state_bytes)
 
 
 def check_python(facts: Facts) -> Check:
@@ -327,7 +118,7 @@ def check_gpu(facts: Facts) -> Check:
         return Check("GPU", GREEN, "not needed: trainer.use_cpu=true")
     import torch
 
-    driver = _driver()
+    driver = driver_version()
     if torch.version.cuda is None:
         if driver is None:
             return Check("GPU", RED, "no NVIDIA driver here, and trainer.use_cpu=false", _NO_GPU)
@@ -342,7 +133,7 @@ def check_gpu(facts: Facts) -> Check:
         )
     major, minor = torch.cuda.get_device_capability()
     name = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, driver {driver or 'unknown'}, CUDA {torch.version.cuda}"
-    if not _has_kernels(major, minor, torch.cuda.get_arch_list()):
+    if not has_kernels(major, minor, torch.cuda.get_arch_list()):
         built = ", ".join(torch.cuda.get_arch_list())
         return Check(
             "GPU",
@@ -411,7 +202,7 @@ def check_model(facts: Facts) -> Check:
     base = facts.base
     length = facts.known("args", "configuration").max_length
     positions = base.config.get_text_config().max_position_embeddings
-    found = f"{_named(base.name)}: {base.parameters() / 1e6:,.1f} million parameters, {positions:,} positions"
+    found = f"{short_path(base.name)}: {base.parameters() / 1e6:,.1f} million parameters, {positions:,} positions"
     if length > positions:
         return Check("model", RED, f"{found}; trainer.max_length={length:,}", f"trainer.max_length={positions} at most")
     return Check("model", GREEN, found)
@@ -497,7 +288,7 @@ def check_disk(facts: Facts) -> Check:
     needs: dict[Path, list[tuple[str, float]]] = {}
 
     def add(path: str | Path, name: str, size: float) -> None:
-        needs.setdefault(_existing(Path(path)), []).append((name, size))
+        needs.setdefault(existing(Path(path)), []).append((name, size))
 
     with contextlib.suppress(NotKnownError):  # what is not known here has a line of its own
         if size := facts.known("download", "weights"):
@@ -528,12 +319,12 @@ def check_disk(facts: Facts) -> Check:
 def check_run_directory(facts: Facts) -> Check:
     """Whether a run can be written."""
     path = Path(facts.cfg.run_dir)
-    if os.access(_existing(path), os.W_OK | os.X_OK):
+    if os.access(existing(path), os.W_OK | os.X_OK):
         return Check("run directory", GREEN, f"{path} can be written")
     return Check(
         "run directory",
         RED,
-        f"{path}: no permission to write in {_existing(path)}",
+        f"{path}: no permission to write in {existing(path)}",
         "take another folder: hydra.run.dir=...",
     )
 
@@ -553,7 +344,7 @@ def check_tracker(facts: Facts) -> Check:
             )
         return Check("W&B", GREEN, "no API key: the run is logged offline, `wandb sync` uploads it later")
     url = wandb.Settings().base_url
-    if _answers(url):
+    if answers(url):
         return Check("W&B", GREEN, f"an API key, and {url} answers")
     status = RED if mode == "online" else AMBER
     return Check("W&B", status, f"an API key, but {url} does not answer", "logger.mode=offline, or mend the network")
@@ -610,88 +401,6 @@ def run_check(name: str, check: Callable[[Facts], Check], facts: Facts) -> Check
         )
 
 
-def requirements() -> tuple[str, list[Requirement]]:
-    """What the project supports: its requires-python, and its requirements with those of extras marked.
-
-    A checkout's pyproject.toml speaks for the code beside it, which an installed copy's metadata may not; a wheel has the metadata alone.
-    """
-    project = PROJECT / "pyproject.toml"
-    if not project.is_file():
-        metadata = importlib.metadata.metadata("intern")
-        lines = importlib.metadata.requires("intern") or []
-        return str(metadata["Requires-Python"]), [Requirement(line) for line in lines]
-    table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-    extras = [
-        f"{line}; extra == '{extra}'"
-        for extra, lines in table.get("optional-dependencies", {}).items()
-        for line in lines
-    ]
-    return table["requires-python"], [Requirement(line) for line in [*table["dependencies"], *extras]]
-
-
-def missing_weights(name: str, revision: str | None) -> int:
-    """Bytes of safetensors files that a model lacks here and the hub has; 0 where all are here.
-
-    Raises:
-        UserError: they are neither here nor to be had.
-    """
-    key = f"model.pretrained_model_name_or_path={_named(name)}"
-    folder = Path(name)
-    if folder.is_dir():
-        if missing := list(_missing(lambda file: str(folder / file) if (folder / file).is_file() else None)):
-            raise UserError(f"{key}: {', '.join(missing[:3])} missing in this folder: copy or download the model again")
-        return 0
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-
-    def cached(file: str) -> str | None:
-        path = try_to_load_from_cache(name, file, revision=revision)
-        return path if isinstance(path, str) else None
-
-    if not list(_missing(cached)):
-        return 0
-    absent = "its weights are not in the cache, and the hub cannot be reached: check the network, or give a folder"
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(f"{key}: {absent}")
-    api = HfApi()
-    try:
-        api.auth_check(name)
-        info = api.model_info(name, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-    except GatedRepoError as error:
-        raise UserError(f"{key}: gated: accept its licence on its page, then `hf auth login`") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"{key}: {absent}") from error
-    files = [file for file in info.siblings or [] if _WEIGHTS.fullmatch(file.rfilename)]
-    if not files:
-        raise UserError(f"{key}: has no safetensors weights: take another copy of the model")
-    return sum(file.size or 0 for file in files if cached(file.rfilename) is None)
-
-
-def _missing(find: Callable[[str], str | None]) -> Iterator[str]:
-    """The names of weight files that `find` does not find."""
-    if find("model.safetensors") is not None:
-        return
-    index = find("model.safetensors.index.json")
-    if index is None:
-        yield "model.safetensors"
-        return
-    files = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-    yield from sorted(file for file in files if find(file) is None)
-
-
-def available_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of host memory that this process may still take: the system's, or a container's (its control group's) where that is less."""
-    import psutil
-
-    free = [psutil.virtual_memory().available]
-    version_2 = groups / "memory.max", groups / "memory.current"
-    version_1 = groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes"
-    for most, used in (version_2, version_1):
-        with contextlib.suppress(OSError, ValueError):  # no such control group, or "max": no limit
-            free.append(int(most.read_text()) - int(used.read_text()))
-    return min(free)
-
-
 def _rows(facts: Facts, name: str, path: str, key: str, scoring: bool) -> Check:
     import datasets
 
@@ -733,65 +442,9 @@ def _smaller(checkpointing: Any) -> str:
     return f"{least}lower trainer.per_device_train_batch_size, then trainer.max_length"
 
 
-def _has_kernels(major: int, minor: int, built: list[str]) -> bool:
-    """Whether code for these architectures runs: binaries within a major version from their minor on, PTX from its version on."""
-    for name in built:
-        kind, _, digits = name.partition("_")
-        number = int(re.sub(r"\D", "", digits))
-        if kind == "compute" and number <= 10 * major + minor:
-            return True
-        if kind == "sm" and number // 10 == major and number % 10 <= minor:
-            return True
-    return False
-
-
-def _driver() -> str | None:
-    """The NVIDIA driver's version, None where there is none."""
-    line = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(line, capture_output=True, text=True, check=True, timeout=2 * _TIMEOUT).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _answers(url: str) -> bool:
-    """Whether anything answers at an address, whatever it says."""
-    try:
-        urllib.request.urlopen(url, timeout=_TIMEOUT).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    path = path.expanduser().absolute()
-    return next(one for one in (path, *path.parents) if one.exists())
-
-
 def _size(path: str) -> int:
-    from intern.paths import find
-
     found = find(path)
     return found.stat().st_size if found is not None and found.is_file() else 0
-
-
-def _named(path: str) -> str:
-    """A path inside the project or the working directory without what lies above."""
-    for root in (Path.cwd(), PROJECT):
-        if Path(path).is_relative_to(root):
-            return str(Path(path).relative_to(root))
-    return path
 
 
 def _amount(size: float) -> str:

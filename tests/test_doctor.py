@@ -24,18 +24,11 @@ from transformers import AutoConfig
 import intern.finetune  # noqa: F401  # loads every library before a test puts a GPU in front of them
 from intern import doctor as command
 from intern.checks import AMBER, GREEN, RED
-from intern.diagnose import (
-    CHECKS,
-    Facts,
-    _has_kernels,
-    available_memory,
-    diagnose,
-    missing_weights,
-    requirements,
-    run_check,
-)
+from intern.diagnose import CHECKS, diagnose, run_check
 from intern.errors import UserError
 from intern.estimate import GIB, Shape, training_peak
+from intern.facts import Facts
+from intern.machine import available_memory, has_kernels, missing_weights, requirements
 from intern.paths import CONF_DIR
 
 TINY = "experiment=tiny_cpu"
@@ -220,10 +213,19 @@ def test_a_folder_without_its_weights_is_red(tmp_path, shards):
         files = [f"model-{number}.safetensors" for number in (1, 2)]
         (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(enumerate(files))}))
         for file in files[:shards]:
-            (base / file).touch()
+            shutil.copy(ROOT / "data/tiny_llama3/model.safetensors", base / file)
     found = line("weights", TINY, f"model.pretrained_model_name_or_path={base}")
     assert found.status == (GREEN if shards == 2 else RED)
     assert ("model.safetensors missing", "model-2.safetensors missing", "there")[shards] in found.found
+
+
+def test_weights_that_were_cut_short_are_red(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(ROOT / "data/tiny_llama3", base)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    found = line("weights", TINY, f"model.pretrained_model_name_or_path={base}")
+    assert found.status == RED and "model.safetensors missing or cut short" in found.found
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
@@ -350,7 +352,7 @@ def test_a_card_that_torch_has_no_kernels_for_is_red(card):
     ],
 )
 def test_which_kernels_a_card_can_run(capability, built, runs):
-    assert _has_kernels(*capability, built) is runs
+    assert has_kernels(*capability, built) is runs
 
 
 def test_too_little_gpu_memory_is_red_and_tight_is_amber(card):
