@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SHORT, command
 from omegaconf import OmegaConf
 
 from intern.run import Run
@@ -64,14 +63,6 @@ def test_the_runs_of_a_sweep_have_its_name_as_their_group(tmp_path, sweep):
     with tracking(values, OmegaConf.create({}), Run(tmp_path), "abc123", sweep):
         pass
     assert (b"ranks-42" in wandb_file(tmp_path).read_bytes()) is (sweep is not None)
-
-
-def test_each_job_of_a_sweep_is_a_run_of_its_own(tmp_path):
-    overrides = [*SHORT, "trainer.max_steps=2", "trainer.min_steps=2", "logger.sample_answers=0", "data.eval_file=null"]
-    command("intern.train", "--multirun", *overrides, "lora.r=2,4", f"hydra.sweep.dir={tmp_path}/sweep")
-    jobs = [inspect(tmp_path / "sweep" / job) for job in "01"]
-    assert jobs[0]["run_id"] != jobs[1]["run_id"]
-    assert [(job["config"]["lora"]["r"], job["state"]) for job in jobs] == [(2, "finished"), (4, "finished")]
 
 
 def test_a_crash_is_marked_as_one(tmp_path):
