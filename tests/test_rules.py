@@ -38,7 +38,7 @@ def given(tmp_path_factory):
     """Files that the cases name."""
     folder = tmp_path_factory.mktemp("given")
     (folder / "empty.jsonl").write_text("\n")
-    (folder / "broken.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question"\n')
+    (folder / "broken.jsonl").write_text('{"question": "q", "answer": "a", "chunk_text": "c"}\n{"question"\n')
     (folder / "experiment").mkdir()
     for name, text in (
         ("wrong_key", "lora: {rnak: 8}"),
