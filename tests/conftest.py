@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import absl.logging
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,6 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 # Two workers on two cores: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# rouge-score brings this logger: at the next configuration of logging it closes the stream that it found when it was imported.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 def command(

@@ -24,5 +24,10 @@ class MemoryProbe(Callback):
 
         modules = sum(isinstance(thing, torch.nn.Module) for thing in gc.get_objects())
         entry = {"modules": modules, "rss_mib": psutil.Process().memory_info().rss / 2**20}
+        if torch.cuda.is_available():
+            entry |= {
+                "gpu_mib": torch.cuda.memory_allocated() / 2**20,
+                "gpu_reserved_mib": torch.cuda.memory_reserved() / 2**20,
+            }
         with self.target.open("a") as file:
             file.write(json.dumps(entry) + "\n")

@@ -78,8 +78,8 @@ def exit_code(*arguments):
 def test_the_tiny_run_can_run_here(capsys):
     found = checks(TINY)
     assert not red(found)
-    assert "2.2 million parameters" in found["model"].found
-    assert "400 rows, all fit" in found["training rows"].found
+    assert "3.6 million parameters" in found["model"].found
+    assert "1,166 rows, all fit" in found["training rows"].found
     assert found["host memory"].status == GREEN and "GiB needed" in found["host memory"].found
     capsys.readouterr()
     assert exit_code(TINY) == 0
@@ -98,7 +98,7 @@ def test_a_model_that_needs_a_gpu_is_red_without_one(capsys):
     assert lines["GPU"]["status"] == RED and "experiment=tiny_cpu" in lines["GPU"]["remedy"]
     assert (lines["precision"]["status"], lines["precision"]["remedy"]) == (AMBER, "mend first: GPU")
     # The data do not need the model to be looked at.
-    assert "400 rows, each as it must be" in lines["training rows"]["found"]
+    assert "1,166 rows, each as it must be" in lines["training rows"]["found"]
     assert "checks red: GPU, model" in said.err
 
 

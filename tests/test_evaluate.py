@@ -95,7 +95,7 @@ def test_the_command_compares_base_and_adapter_on_both_halves(run, tmp_path):
     printed = done.stdout.splitlines()
     assert printed[5:] == ["", f"report: {folder / 'report.html'}"] and done.stderr == ""
     assert [line.split(" |")[0] for line in printed[2:5]] == [
-        "| all (100)",
+        "| all (168)",
         "| on chunks that training saw (50)",
         "| on chunks that it never saw (50)",
     ]
