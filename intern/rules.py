@@ -266,9 +266,7 @@ def target_modules_are_in_the_model(cfg: Groups, shape: Shape, lora: LoraConfig)
         except re.error as error:
             return f"lora.target_modules={wanted}: no regular expression ({error}); a single name is written [{wanted}]"
         if not linear.intersection(matched):
-            return (
-                f"lora.target_modules={wanted}: matches no linear layer; their names are such as {max(linear, key=len)}"
-            )
+            return f"lora.target_modules={wanted}: matches no linear layer; their names are such as {max(sorted(linear), key=len)}"
         return None
     for name in sorted(wanted):
         found = [path for path in modules if path == name or path.endswith(f".{name}")]
