@@ -49,10 +49,10 @@ def with_origin(message: str, overrides: Sequence[str], choices: Mapping[str, An
     if found is None:
         return message
     group, name = (found[1], found[2]) if found[2] else ("", found[1])
+    if (group or name) not in choices and name != "seed":
+        return message  # of a command's own keys, such as run_dir, there is no other place
     if any(text.partition("=")[0].lstrip("+~") == found[0] for text in overrides):
         return f"{message} (set on the command line)"
-    if group and group not in choices:
-        return message
     for place in _files(group, choices):
         for folder in folders:
             if (folder / place).is_file() and (setter := _setter(folder / place, group, name)) is not None:

@@ -32,7 +32,9 @@ _ADAPTER_FILES = {
     "added_tokens.json": _JSON,
     "chat_template.jinja": _MIB,
     "vocab.json": _JSON,
+    "vocab.txt": _JSON,
     "merges.txt": _JSON,
+    "tokenizer.model": _JSON,
 }
 # Keys of PEFT's configuration that import modules, replace layers or read other models: none is needed to answer.
 _ACTING = (

@@ -93,7 +93,7 @@ def short(cfg: DictConfig, steps: int, half: int) -> DictConfig:
             "eval_strategy": "no",
             "load_best_model_at_end": False,
             "early_stopping_patience": None,
-            "full_determinism": not cfg.trainer.get("use_cpu", False),
+            "full_determinism": cfg.trainer.get("full_determinism", not cfg.trainer.get("use_cpu", False)),
         }
     )
     return cfg
