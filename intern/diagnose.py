@@ -97,11 +97,17 @@ def check_accelerators(facts: Facts) -> Check:
     return Check("accelerators", GREEN, "liger-kernel and triton are there")
 
 
+_OWN = ("format", "run_dir")  # keys of conf/doctor.yaml
+
+
 def check_configuration(facts: Facts) -> Check:
-    """The groups through the same builders that training calls."""
+    """The groups through the same rules and builders that training calls."""
+    from intern.config import plain
     from intern.lora import build_lora
+    from intern.rules import check_values
     from intern.trainer import build_rules
 
+    check_values({name: value for name, value in plain(facts.cfg).items() if name not in _OWN})
     _ = facts.logger
     rules = build_rules(facts.cfg.trainer)
     build_lora(facts.cfg.lora)

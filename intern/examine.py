@@ -29,6 +29,7 @@ from intern.packing import build_collator, pack
 from intern.plot import plot_lengths
 from intern.precision import Precision
 from intern.prompt import IGNORED, Prompt
+from intern.rules import check_values
 from intern.run import Run
 from intern.tokenview import Preview, Segment, ShownBatch, ShownRow, page, pieces, plain_rows, show_rows
 from intern.trainer import build_training_args
@@ -92,8 +93,12 @@ def examine(cfg: DictConfig, console: Console) -> list[Check]:
     return preview.checks
 
 
+_OWN = ("rows", "row", "html", "lengths")  # keys of conf/preview.yaml
+
+
 def prepare(cfg: DictConfig) -> Material:
     """The data half of a training run, by the functions that training calls; what it writes are the caches that training reads."""
+    check_values({name: value for name, value in plain(cfg).items() if name not in _OWN})
     data = build(DataConfig, plain(cfg.data), "data")
     train_file = DataFile.find(data.train_file, "data.train_file")
     golden_file = DataFile.find(data.eval_file, "data.eval_file") if data.eval_file else None

@@ -165,7 +165,7 @@ def test_a_check_that_fails_itself_is_red_and_hides_no_other(monkeypatch):
     ("overrides", "name", "found", "remedy"),
     [
         (["+lora.rank=8"], "configuration", "lora.rank", "unknown key"),
-        (["lora.r=abc"], "configuration", "lora.r='abc'", "valid integer"),
+        (["lora.r=abc"], "configuration", "lora.r='abc'", "must be a whole number"),
         (["trainer.max_steps=5"], "configuration", "trainer.max_steps=5 is below", "set trainer.min_steps=5 too"),
         (["+logger.mod=offline"], "configuration", "logger.mod", "did you mean logger.mode?"),
         (["lora.target_modules=[query]"], "adapter", "Target modules {'query'} not found", "training may fail the same way"),
@@ -189,13 +189,13 @@ def test_a_mistake_in_one_group_hides_no_other_line():
 
 
 def test_a_bad_row_is_named(rows_file):
-    path = rows_file({"question": "q", "answer": "a"}, "{")
+    path = rows_file({"question": "q", "answer": "a", "chunk_text": "c"}, "{")
     found = line("training rows", TINY, f"data.train_file={path}")
     assert found.status == RED and f"{path}:2: not JSON" in found.found
 
 
 def test_rows_that_do_not_fit_are_amber(rows_file):
-    path = rows_file({"question": "q", "answer": "a"}, {"question": "q", "answer": "word " * 2000})
+    path = rows_file(*({"question": "q", "answer": answer, "chunk_text": "c"} for answer in ("a", "word " * 2000)))
     found = line("golden rows", TINY, f"data.eval_file={path}")
     assert found.status == AMBER and "2 rows, 1 dropped" in found.found
 
