@@ -1,12 +1,13 @@
 """A task function -> a command: Hydra around it, one line for a user's mistake, exit codes 0 done, 1 failed, 2 bad input, 130 interrupted."""
 
+import contextlib
 import difflib
 import functools
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from intern.paths import CONF_DIR
 
 log = logging.getLogger(__name__)
 
-WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # asked before main() sets it for Hydra's own errors
+WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def command(
@@ -44,7 +45,10 @@ def command(
         @functools.wraps(task)
         def job(cfg: DictConfig) -> Any:
             try:
-                return task(cfg)
+                with _full_errors(
+                    "1" if WANTS_TRACEBACK else None
+                ):  # processes that the task starts are not Hydra's to tell
+                    return task(cfg)
             except Exception as error:  # whatever it is, its traceback belongs into the job's log: nothing is swallowed
                 # Said here, where the job's own log file is open.
                 if WANTS_TRACEBACK:
@@ -67,10 +71,10 @@ def command(
         @functools.wraps(task)
         def main() -> None:
             logging.raiseExceptions = False  # a log file on a full disk must not hide what is said about it
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its own errors on instead of printing them
             try:
                 sys.argv[1:] = prepare([_free(argument, free_text) for argument in sys.argv[1:]])
-                job()
+                with _full_errors("1"):  # Hydra hands its own errors on instead of printing them
+                    job()
             except (HydraException, OmegaConfBaseException, UserError) as error:
                 if WANTS_TRACEBACK:
                     raise
@@ -92,6 +96,19 @@ def command(
         return main
 
     return decorate
+
+
+@contextlib.contextmanager
+def _full_errors(value: str | None) -> Iterator[None]:
+    before = os.environ.pop("HYDRA_FULL_ERROR", None)
+    try:
+        if value is not None:
+            os.environ["HYDRA_FULL_ERROR"] = value
+        yield
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def _free(argument: str, keys: tuple[str, ...]) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from intern.cli import unknown
 from intern.errors import UserError
 from intern.intervals import FEW
+from intern.names import unknown
 from intern.run import RUN_ROOTS, Run
 
 # A thousand configurations in a second instead of ten, where PyYAML was built with libyaml.
@@ -124,7 +124,7 @@ def read_runs(paths: Sequence[str], sort_by: str, evaluation: str | None) -> Run
             others.append(OtherRun(folder, name, str(error), _overrides(folder)))
     keys = sorted({key for one in finished for key in one.config})
     if finished and sort_by not in FIGURES and sort_by not in keys:
-        raise UserError(f"sort_by={sort_by}: {unknown(sort_by, [*FIGURES, *keys])}")
+        raise UserError(f"sort_by={unknown(sort_by, [*FIGURES, *keys])}")
     judged_by = sort_by if sort_by in FIGURES and FIGURES[sort_by].higher_is_better is not None else "score"
     best = min(
         (one for one in finished if judged_by in one.figures), key=lambda one: _place(one, judged_by), default=None

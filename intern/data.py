@@ -31,6 +31,7 @@ _TOKENS = Features(
 _FORM = 1  # of cached rows and tokens: raised with every change of how they are checked or rendered
 _ROWS_PER_PROCESS = 20_000  # below this a process costs more than it saves
 _LONGEST_ROW = 2**24  # bytes of a line: far more than any model's positions
+_LONG_FILE = 2**25  # bytes from which reading is worth a progress bar
 _NAMED = 5  # rows that a warning names
 
 
@@ -63,8 +64,10 @@ def read_rows(file: DataFile, needs_material: bool) -> Dataset:
     Raises:
         UserError: a line that is not a JSON object, a field that is missing, empty or not text, or no row at all.
     """
-    quiet = datasets.utils.logging.get_verbosity()
+    quiet, bars = datasets.utils.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.utils.logging.set_verbosity_error()
+    if file.path.stat().st_size < _LONG_FILE:
+        datasets.disable_progress_bars()
     try:
         arguments = {"path": str(file.path), "sha256": file.sha256, "needs_material": needs_material, "form": _FORM}
         rows = Dataset.from_generator(_checked_rows, features=_ROW, gen_kwargs=arguments)
@@ -74,6 +77,8 @@ def read_rows(file: DataFile, needs_material: bool) -> Dataset:
         raise
     finally:
         datasets.utils.logging.set_verbosity(quiet)
+        if not bars:
+            datasets.enable_progress_bars()
     return rows
 
 

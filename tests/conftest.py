@@ -32,6 +32,7 @@ def command(
 
 SHORT = (
     "experiment=tiny_cpu",
+    "data.context=never",
     "trainer.max_steps=12",
     "trainer.min_steps=12",
     "trainer.save_steps=6",

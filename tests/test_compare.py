@@ -99,7 +99,7 @@ def test_another_figure_sorts_the_better_way_and_chooses_another_best(sweep):
     assert f"run_dir={sweep / '0'} " in advice(runs, [str(sweep)], everything=False)[1]
     by_rank = read_runs([str(sweep)], "lora.r", None)
     assert [one.config["lora.r"] for one in by_rank.finished] == ["4", "8", "16"] and by_rank.best.name == "1"
-    with pytest.raises(UserError, match=r"sort_by=lora.rr: unknown key 'lora.rr', did you mean 'lora.r'"):
+    with pytest.raises(UserError, match=r"sort_by=lora.rr: unknown key; did you mean lora.r"):
         read_runs([str(sweep)], "lora.rr", None)
 
 

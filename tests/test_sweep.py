@@ -35,7 +35,7 @@ FAST = (
     "logger.log_adapter=false",
 )
 RATES = "trainer.learning_rate=1e-3,1e30,2e-3,3e-3"  # the second one is found out at the second step
-REASON = "the loss is nan at step 2: lower trainer.learning_rate"
+REASON = "weights of the adapter are no numbers any more at step 1: lower trainer.learning_rate"
 
 
 def again(folder, *overrides, **options):
