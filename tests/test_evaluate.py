@@ -96,9 +96,9 @@ def test_the_command_compares_base_and_adapter_on_both_halves(run, tmp_path):
     assert printed[5:] == ["", f"report: {folder / 'report.html'}"] and done.stderr.count("\n") == 1
     assert "was trained elsewhere" in done.stderr  # a copy of the run
     assert [line.split(" |")[0] for line in printed[2:5]] == [
-        "| all (168)",
-        "| on chunks that training saw (84)",
-        "| on chunks that it never saw (84)",
+        "| all (64)",
+        "| on chunks that training saw (32)",
+        "| on chunks that it never saw (32)",
     ]
     for line in printed[2:5]:
         base, adapter = (float(cell) for cell in line.split(" | ")[1:3])
@@ -110,7 +110,7 @@ def test_the_command_compares_base_and_adapter_on_both_halves(run, tmp_path):
     plots = {"scores.png", "rows.png", "topics.png"}
     assert made == {"inputs.json", "predictions.jsonl", "metrics.json", "report.md", "report.html", *plots}
     kept = [(one["row"], one["model"]) for one in lines(folder / "predictions.jsonl")]
-    assert kept == [(row, model) for row in range(1, 101) for model in ("base", "adapter")]
+    assert kept == [(row, model) for row in range(1, 65) for model in ("base", "adapter")]
 
 
 def test_scores_are_means_over_the_rows_of_the_answers_that_are_kept(first):

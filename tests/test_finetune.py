@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, command
+from conftest import GOLDEN, ROOT, SHORT, command
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
@@ -63,11 +63,11 @@ def test_a_run_directory_has_everything_it_promises(run):
     metrics = json.loads(run.metrics.read_text())
     assert metrics["schema_version"] == 1
     assert (metrics["optimizer_steps"], metrics["skipped_steps"], metrics["train_rows"]) == (12, 0, 1166)
-    assert metrics["eval_rows"] == 168 and 1 < metrics["eval_loss"] < 20
+    assert metrics["eval_rows"] == 64 and 1 < metrics["eval_loss"] < 20
     assert metrics["peak_host_rss_gib"] > 0.1 and metrics["tokens_per_second"] > 10
     environment = json.loads(run.environment.read_text())
     assert environment["packages"]["trl"] and set(environment["data"]) == {
-        str(ROOT / "data" / name) for name in ("train.jsonl", "golden_test_set.jsonl")
+        str(path) for path in (ROOT / "data" / "train.jsonl", GOLDEN)
     }
     assert run.loss_plot.read_bytes().startswith(b"\x89PNG")
 

@@ -212,7 +212,7 @@ def test_the_rank_sweep_goes_on_top_of_any_other_experiment():
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         for order in ("tiny_cpu,rank_sweep", "rank_sweep,tiny_cpu"):
             cfg = compose("train", overrides=[f"experiment=[{order}]"], return_hydra_config=True)
-            assert cfg.hydra.mode.name == "MULTIRUN" and cfg.trainer.max_steps == 160
+            assert cfg.hydra.mode.name == "MULTIRUN" and cfg.trainer.max_steps == 200
             assert set(cfg.hydra.sweeper.params) == {"lora.r", "trainer.learning_rate"}
 
 
