@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 
-from intern.errors import RunError, UserError, one_line
+from intern.errors import BusyError, RunError, UserError, one_line
 from intern.untrusted import json_object, read_text, yaml_mapping
 
 SCHEMA_VERSION = 1
@@ -110,7 +110,7 @@ class Run:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(
+                raise BusyError(
                     f"{self.path}: another process trains in it: wait for it, or take another hydra.run.dir"
                 ) from error
             yield
@@ -199,19 +199,26 @@ class Run:
 
     @contextlib.contextmanager
     def noting_failure(self) -> Iterator[None]:
-        """failure.json says why the last attempt in this folder failed; there is none where it did not."""
-        self.failure.unlink(missing_ok=True)
+        """failure.json says why the last attempt in this folder failed; there is none where it did not, or where another process is at work."""
         try:
             yield
-        except Exception as error:  # of whatever kind: it goes on to whoever shows it
-            code = 2 if isinstance(error, UserError) else 1
-            with contextlib.suppress(OSError):  # a full disk may be what went wrong
-                self.write_json(self.failure, {"exit_code": code, "error": one_line(error)})
+        except BusyError:
             raise
+        except Exception as error:  # of whatever kind: it goes on to whoever shows it
+            told = {
+                "exit_code": 2 if isinstance(error, UserError) else 1,
+                "error": one_line(error),
+                "begins_anew": not isinstance(error, UserError) and _unwritable(error) is None,
+            }
+            if not self.finished:
+                with contextlib.suppress(OSError):  # a full disk may be what went wrong
+                    self.write_json(self.failure, told)
+            raise
+        self.failure.unlink(missing_ok=True)
 
     def discard_failed_attempt(self) -> None:
-        """Takes away what a failed training would go on from, so that it begins anew. Bad input is found before training: it spoils nothing."""
-        if self.finished or not self.failure.is_file() or self.read_json(self.failure).get("exit_code") != 1:
+        """Takes away what a training that failed by itself would go on from, so that it begins anew: not after bad input or a full disk."""
+        if self.finished or not self.failure.is_file() or not self.read_json(self.failure).get("begins_anew"):
             return
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         for file in (self.history, self.environment):  # the latter holds the id of the tracker's run, which has failed

@@ -335,7 +335,7 @@ TEXT = st.text(max_size=60) | st.sampled_from(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(st.binary(max_size=80) | ROW.map(lambda row: json.dumps(row).encode()), st.booleans())
 def test_any_line_is_a_row_of_text_or_refused_with_its_place(line, needs_material):
     try:
@@ -354,7 +354,7 @@ def tokenizer():
     return Base(OmegaConf.create({"pretrained_model_name_or_path": "data/tiny_llama3"})).tokenizer()
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(question=TEXT, answer=TEXT, material=st.none() | TEXT, system=TEXT, most=st.none() | st.integers(8, 120))
 def test_any_text_is_asked_as_it_was_trained(tokenizer, question, answer, material, system, most):
     whole = Prompt(system.strip(), "mixed", ("<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>", "<|eot_id|>"), (2,))
@@ -379,7 +379,7 @@ GROUPS = {
 KEYS = [(group, key) for group, values in GROUPS.items() for key in values]
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(KEYS) | st.tuples(st.sampled_from(list(GROUPS)), st.text(max_size=8)), JSON, max_size=4
@@ -398,7 +398,7 @@ def test_any_configuration_passes_or_is_refused_by_key(changes):
     assert all(rule(cfg) is None for rule in OF_VALUES)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(st.text(max_size=12), st.lists(st.text(min_size=1, max_size=12), max_size=5))
 def test_any_wrong_name_gets_an_answer(key, known):
     said = unknown(key, known, "lora")
@@ -406,7 +406,7 @@ def test_any_wrong_name_gets_an_answer(key, known):
     assert with_origin(said, [], {"lora": "qkvo"}, [ROOT / "conf"]).startswith(said)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(value=TEXT | st.from_regex(r"\A(\\{0,3}\$\{[a-z:.]{0,6}\}?){1,3}\Z"))
 def test_any_text_in_a_configuration_comes_back_as_it_was(tmp_path_factory, value):
     run = Run(tmp_path_factory.getbasetemp())

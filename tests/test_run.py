@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from intern.errors import UserError
+from intern.errors import BusyError, RunError, UserError
 from intern.run import Run, resolve
 
 
@@ -129,3 +129,33 @@ def test_a_broken_json_file_is_named(tmp_path, content):
         run.prompt.write_text(content)
     with pytest.raises(UserError, match=r"prompt\.json"):
         run.read_json(run.prompt)
+
+
+@pytest.mark.parametrize(
+    ("error", "noted", "kept"),
+    [
+        (RunError("the loss is nan"), True, False),
+        (UserError("lora.r=0"), True, True),
+        (OSError(28, "No space left on device"), True, True),
+        (BusyError("another process trains in it"), False, True),
+    ],
+)
+def test_only_a_training_that_failed_by_itself_begins_anew(error, noted, kept, tmp_path):
+    run = Run(tmp_path)
+    (run.checkpoints / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(type(error)), run.noting_failure():
+        raise error
+    assert run.failure.is_file() is noted
+    run.discard_failed_attempt()
+    assert run.checkpoints.exists() is kept
+    with run.noting_failure():
+        pass
+    assert not run.failure.exists()
+
+
+def test_a_finished_run_is_not_noted_as_failed(tmp_path):
+    run = Run(tmp_path)
+    run.write_json(run.metrics, {"eval_loss": 1.0})
+    with pytest.raises(UserError), run.noting_failure():
+        raise UserError("holds a finished run")
+    assert not run.failure.exists()
