@@ -41,6 +41,10 @@ class Intern:
         """
         route_messages()
         cfg = run.read_config()
+        if cfg.model.get("quantized_cache") is not None:  # a stranger's run does not say where files are written
+            shipped = OmegaConf.load(CONF_DIR / "model" / "llama3_8b.yaml")
+            OmegaConf.update(cfg, "model.quantized_cache", shipped.quantized_cache)
+            OmegaConf.update(cfg, "model.quantized_cache_gib", shipped.quantized_cache_gib)
         place = f"{run.config}: " if model is None else ""
         if model is not None:
             OmegaConf.update(cfg, "model.pretrained_model_name_or_path", model)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,10 +33,17 @@ from intern.config import check_names, plain
 from intern.errors import UserError
 from intern.paths import find
 from intern.precision import Precision
+from intern.quantized import QuantizedCache, used
 
 log = logging.getLogger(__name__)
 
-_KEYS = ["pretrained_model_name_or_path", "revision", "attn_implementation"]
+_KEYS = [
+    "pretrained_model_name_or_path",
+    "revision",
+    "attn_implementation",
+    "quantized_cache",
+    "quantized_cache_gib",
+]
 _MOST_PARAMETERS_ON_CPU = 500_000_000  # beyond this one optimizer step on a CPU takes minutes
 _GIB = 2**30
 
@@ -56,6 +65,9 @@ class Base:
             raise UserError(f"model.attn_implementation={attention}: must be one of {', '.join(KNOWN)}")
         if revision is not None and not isinstance(revision, str):
             raise UserError(f"model.revision={revision}: must be a branch, a tag or a commit, as text")
+        self._cache = _cache(
+            self._arguments.pop("quantized_cache", None), self._arguments.pop("quantized_cache_gib", None)
+        )
         folder = find(name)
         self.name = str(folder) if folder is not None and folder.is_dir() else name
         if folder is None and (name.startswith((".", "/", "~")) or name.count("/") != 1):
@@ -152,14 +164,22 @@ class Base:
             log.info(
                 "%s is quantized already: its own quantization stands, quant/ only sets the compute dtype", self.name
             )
-        model: PreTrainedModel = self._fetch(
-            AutoModelForCausalLM,
-            dtype=precision.dtype,
-            quantization_config=None if stored is not None else quant,
-            device_map={"": 0 if precision.device == "cuda" else "cpu"},
-            attn_implementation=self._attention(),
-            use_safetensors=True,
-        )
+        arguments = {
+            "dtype": precision.dtype,
+            "device_map": {"": 0 if precision.device == "cuda" else "cpu"},
+            "attn_implementation": self._attention(),
+            "use_safetensors": True,
+        }
+        entry = None
+        if self._cache is not None and quant is not None and quant.load_in_4bit and stored is None:
+            entry = self._cache.entry(self.name, self.config, quant, precision.dtype)
+        model = self._from_cache(entry, arguments)
+        if model is None:
+            model = self._fetch(
+                AutoModelForCausalLM, quantization_config=None if stored is not None else quant, **arguments
+            )
+            if self._cache is not None and entry is not None:
+                self._cache.store(model, entry)
         for module in model.modules():
             if isinstance(module, bnb.nn.Linear4bit):
                 module.compute_dtype = precision.dtype
@@ -170,6 +190,22 @@ class Base:
                 # On CPUs with AVX512-BF16 the first evaluation repacks the weight in place, and gradients are wrong from then on.
                 module.support_avx512bf16_for_cpu = False
         model.config.use_cache = True
+        return model
+
+    def _from_cache(self, entry: Path | None, arguments: dict[str, Any]) -> PreTrainedModel | None:
+        if entry is None or not entry.is_dir():
+            return None
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                entry, trust_remote_code=False, local_files_only=True, **arguments
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            log.warning("%s cannot be read (%s): quantizing anew", entry, " ".join(str(error).split())[:200])
+            shutil.rmtree(entry, ignore_errors=True)
+            return None
+        used(entry)
+        log.info("quantized base read from %s", entry)
+        model.name_or_path = model.config._name_or_path = self.name  # what an adapter names as its base
         return model
 
     def _attention(self) -> str | None:
@@ -185,6 +221,16 @@ class Base:
             return loader.from_pretrained(self.name, trust_remote_code=False, **arguments)
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise UserError(f"{key}: {_explain(error, self._revision)}") from error
+
+
+def _cache(folder: Any, gib: Any) -> QuantizedCache | None:
+    if folder is None:
+        return None
+    if not isinstance(folder, str) or not folder:
+        raise UserError(f"model.quantized_cache={folder}: must be a folder, or null for none")
+    if isinstance(gib, bool) or not isinstance(gib, int | float):
+        raise UserError(f"model.quantized_cache_gib={gib}: must be a number of GiB")
+    return QuantizedCache(Path(folder).expanduser(), int(gib * _GIB))
 
 
 def _process_cap() -> int:

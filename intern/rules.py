@@ -60,6 +60,7 @@ RANGES: dict[str, tuple[str, str]] = {
     "trainer.label_smoothing_factor": ("[0, 1)", "0 switches it off"),
     "trainer.neftune_noise_alpha": ("[0, inf)", "0 switches it off"),
     "trainer.dataloader_num_workers": ("[0, inf)", "0 reads rows in the training process"),
+    "model.quantized_cache_gib": ("(0, inf)", "model.quantized_cache=null keeps none"),
     "data.num_proc": ("[1, inf)", "null chooses by the number of rows"),
     "logger.sample_answers": ("[0, inf)", "0 logs none"),
 }
