@@ -1,6 +1,7 @@
 """python -m intern.evaluate run_dir=latest"""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
@@ -24,6 +25,40 @@ def main(cfg: DictConfig) -> None:
     write_report(evaluation)
     run.write_json(Run(evaluation.folder).metrics, as_json(evaluation))
     _show(evaluation)
+    if cfg.harness.tasks:
+        _standard_tasks(cfg, run, evaluation.folder / "harness.json")
+
+
+def _standard_tasks(cfg: DictConfig, run: Run, target: Path) -> None:
+    from dataclasses import asdict
+
+    from intern.answer import Intern
+    from intern.harness import score_tasks
+    from intern.table import show
+
+    intern = Intern(run, cfg.generation, cfg.base_model)
+    tasks = [str(task) for task in cfg.harness.tasks]
+    scores = score_tasks(intern, tasks, cfg.harness.limit, cfg.harness.include_path, cfg.batch_size, cfg.seed)
+    run.write_json(target, {"limit": cfg.harness.limit, "scores": [asdict(score) for score in scores]})
+    sys.stdout.write("\n")
+    show(
+        ["standard task", "metric", "rows", "base", "adapter", "difference"],
+        [
+            [
+                score.task,
+                score.metric,
+                str(score.rows),
+                _with_error(score.base, score.base_error),
+                _with_error(score.adapter, score.adapter_error),
+                f"{score.adapter - score.base:+.3f}",
+            ]
+            for score in scores
+        ],
+    )
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
 def _show(evaluation: "Evaluation") -> None:
