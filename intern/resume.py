@@ -98,7 +98,7 @@ def _flat(cfg: DictConfig) -> dict[str, Any]:
 
 
 class Carried(TrainerCallback, ExportableState):
-    """Carries over a stop what the library does not: the running means of the next log line, and the callbacks' own counts."""
+    """Carries over a stop what the library does not: the running means of the next log line."""
 
     def __init__(self) -> None:
         self.trainer: Any = None  # set when it is built: it is built with its callbacks
@@ -130,7 +130,3 @@ class Carried(TrainerCallback, ExportableState):
         self.trainer._total_train_tokens = window["tokens"]
         self.trainer._metrics["train"].clear()
         self.trainer._metrics["train"].update({name: list(values) for name, values in window["figures"].items()})
-        for callback in self.trainer.callback_handler.callbacks:
-            if callback is not self and isinstance(callback, ExportableState) and type(callback).__name__ in stored:
-                for name, value in stored[type(callback).__name__]["attributes"].items():
-                    setattr(callback, name, value)

@@ -114,6 +114,13 @@ def build_training_args(node: DictConfig, run: Run, precision: Precision, seed: 
     return args
 
 
+def _restore(callback: ExportableState, state: TrainerState) -> None:
+    """Gives a callback back what a checkpoint kept of it, where training goes on from one."""
+    stored: Any = state.stateful_callbacks
+    for name, value in stored.get(type(callback).__name__, {"attributes": {}})["attributes"].items():
+        setattr(callback, name, value)
+
+
 class OptimizerSteps(TrainerCallback, ExportableState):
     """Counts steps that were taken and steps that fp16's loss scaling skipped; each skipped step is made up for at the end."""
 
@@ -136,9 +143,7 @@ class OptimizerSteps(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        stored: Any = state.stateful_callbacks  # a checkpoint's, where training goes on
-        for name, value in stored.get(type(self).__name__, self.state())["attributes"].items():
-            setattr(self, name, value)
+        _restore(self, state)
         state.max_steps += self.skipped
         self._clock = time.monotonic()
 
@@ -180,9 +185,7 @@ class Patience(EarlyStoppingCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        stored: Any = state.stateful_callbacks  # a checkpoint's, where training goes on
-        for name, value in stored.get(type(self).__name__, self.state())["attributes"].items():
-            setattr(self, name, value)
+        _restore(self, state)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
