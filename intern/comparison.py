@@ -14,20 +14,12 @@ from intern.errors import UserError
 from intern.intervals import FEW
 from intern.names import unknown
 from intern.run import RUN_ROOTS, Run
+from intern.table import Column
 
 # A thousand configurations in a second instead of ten, where PyYAML was built with libyaml.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _ALWAYS_SHOWN = ("lora.r", "trainer.learning_rate")
 _LOG_END = 65_536  # bytes of train.log in which the last error is looked for
-
-
-@dataclass(frozen=True)
-class Column:
-    """A figure of a run: its heading, whether higher is better (None: neither), and its form."""
-
-    label: str
-    higher_is_better: bool | None
-    form: str
 
 
 FIGURES = {

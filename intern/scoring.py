@@ -1,15 +1,16 @@
 """Scores of an answer against its reference, and how each score is read."""
 
+import functools
 import re
 import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Any
 
 import regex
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
+
+from intern.table import Column
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -20,27 +21,18 @@ _WIDE_PUNCTUATION = regex.compile(r"[\u3001-\u3020\uff01-\uff0f\uff1a-\uff20\uff
 _WORD = regex.compile(rf"(?V1)[{_UNSPACED}]|[[\p{{L}}\p{{N}}\p{{M}}]--[{_UNSPACED}]]+")
 
 
-@dataclass(frozen=True)
-class Score:
-    """How a score is shown: its name, whether higher is better (None: neither), and its form."""
-
-    label: str
-    higher_is_better: bool | None
-    form: str
-
-
 SCORES = {
-    "loss": Score("loss (nats a token)", False, ".2f"),
-    "perplexity": Score("perplexity", False, ".1f"),
-    "exact_match": Score("exact match", True, ".1%"),
-    "token_f1": Score("token F1", True, ".3f"),
-    "rouge_l": Score("ROUGE-L", True, ".3f"),
-    "figures_right": Score("figures right", True, ".1%"),
-    "judged": Score("right, as judged by a model", True, ".1%"),
-    "refused_rightly": Score("refused where the material does not say", True, ".1%"),
-    "refused_wrongly": Score("refused where it does say", False, ".1%"),
-    "stopped": Score("ended by itself", True, ".1%"),
-    "answer_tokens": Score("length of the answer (tokens)", None, ".1f"),
+    "loss": Column("loss (nats a token)", False, ".2f"),
+    "perplexity": Column("perplexity", False, ".1f"),
+    "exact_match": Column("exact match", True, ".1%"),
+    "token_f1": Column("token F1", True, ".3f"),
+    "rouge_l": Column("ROUGE-L", True, ".3f"),
+    "figures_right": Column("figures right", True, ".1%"),
+    "judged": Column("right, as judged by a model", True, ".1%"),
+    "refused_rightly": Column("refused where the material does not say", True, ".1%"),
+    "refused_wrongly": Column("refused where it does say", False, ".1%"),
+    "stopped": Column("ended by itself", True, ".1%"),
+    "answer_tokens": Column("length of the answer (tokens)", None, ".1f"),
 }
 
 _FIGURE = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?")
@@ -70,19 +62,23 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * common / (len(ours) + len(theirs))
 
 
-class _Words(Tokenizer):
+class _Words:
     """rouge-score's own tokenizer keeps a-z and 0-9 alone, so that every other script scores 0."""
 
     def tokenize(self, text: str) -> list[str]:
         return _WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
-_ROUGE = RougeScorer(["rougeL"], tokenizer=_Words())
+@functools.cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # a second of imports, which training has no use for
+
+    return RougeScorer(["rougeL"], tokenizer=_Words())
 
 
 def rouge_l(answer: str, reference: str) -> float:
     """F-measure of the longest common subsequence of words (ROUGE-L, Lin 2004), without stemming, in any script."""
-    return float(_ROUGE.score(reference, answer)["rougeL"].fmeasure)
+    return float(_rouge().score(reference, answer)["rougeL"].fmeasure)
 
 
 def figures(text: str) -> set[str]:

@@ -2,10 +2,20 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a figure is shown: its heading, whether higher is better (None: neither), and its form."""
+
+    label: str
+    higher_is_better: bool | None
+    form: str
 
 
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
