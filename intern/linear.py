@@ -1,67 +1,192 @@
-"""A frozen 4-bit weight and its LoRA adapter as one autograd node: what PEFT and bitsandbytes compute, with fewer kernels and copies.
+"""Frozen 4-bit weights and their LoRA adapters as one autograd node for each input: what PEFT and bitsandbytes compute, in fewer kernels.
 
 PEFT adds the adapter's product to the base's in operations of their own: a copy of the base's output, a scaled copy of the adapter's, and
 their sum, each as large as the layer's output, and autograd keeps what each needs. Here both products go into one tensor, the weight is
-dequantized once forward and once backward, and only the layer's input and the product with A (tokens x rank) are kept.
+dequantized once forward and once backward, and only the layer's input and the product with A (tokens x rank) are kept. Layers that read
+the same input (query, key and value; gate and up) share one node: their adapters read it once, and its gradient is summed inside the
+matrix products and not by additions after them. Memory that training leaves free holds weights in their unpacked form, which is what
+each pass would make of them anew.
 """
 
 import types
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # the names that transformers' models use
 
-class _Product(torch.autograd.Function):
-    """y = x W^T + s (x A^T) B^T for a quantized W; gradients for x, A and B (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
+
+@dataclass(frozen=True)
+class _Weight:
+    """A 4-bit weight as bitsandbytes keeps it, and how strongly its adapter counts (rank 0: it has none)."""
+
+    packed: torch.Tensor
+    state: Any
+    unpacked: torch.Tensor | None
+    bias: torch.Tensor | None
+    scaling: float
+    rank: int
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """(outputs, inputs)."""
+        if self.unpacked is not None and self.unpacked.dtype == dtype:
+            return self.unpacked
+        return bnb.functional.dequantize_4bit(self.packed, self.state).to(dtype)
+
+
+class _Products(torch.autograd.Function):
+    """y_i = x W_i^T + s_i (x A_i^T) B_i^T for quantized W_i; gradients for x, A_i and B_i (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, packed: torch.Tensor, state: Any, scaling: float
-    ) -> torch.Tensor:
+        ctx: Any, x: torch.Tensor, weights: Sequence[_Weight], *adapters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        a, b = adapters[::2], adapters[1::2]  # of the weights that have an adapter, in their order
         flat = x.reshape(-1, x.shape[-1])
-        low = flat @ a.to(x.dtype).t()
-        out = flat @ _weight(packed, state, x.dtype).t()
-        out.addmm_(low, b.to(x.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(flat, low, a, b, packed)
-        ctx.state, ctx.scaling = state, scaling
-        return out.view(*x.shape[:-1], -1)
+        low = flat @ torch.cat(a).to(x.dtype).t() if a else None
+        outs, parts = [], _parts(low, weights)
+        up = iter(b)
+        for weight in weights:
+            dense = weight.dense(x.dtype).t()
+            out = flat @ dense if weight.bias is None else torch.addmm(weight.bias.to(x.dtype), flat, dense)
+            if weight.rank:
+                out.addmm_(next(parts), next(up).to(x.dtype).t(), alpha=weight.scaling)
+            outs.append(out.view(*x.shape[:-1], -1))
+        ctx.save_for_backward(*([flat, low, *adapters] if a else []))
+        ctx.weights, ctx.shape = weights, x.shape
+        return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        [grad] = grads
-        flat, low, a, b, packed = ctx.saved_tensors
-        over = grad.reshape(-1, grad.shape[-1])
-        up = over @ b.to(over.dtype)
-        up *= ctx.scaling
+        weights: Sequence[_Weight] = ctx.weights
+        over = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        dtype = over[0].dtype
+        saved: Sequence[Any] = ctx.saved_tensors or (None, None)
+        flat, low, *adapters = saved
+        a, b = adapters[::2], adapters[1::2]
+        adapted = [(weight, grad) for weight, grad in zip(weights, over, strict=True) if weight.rank]
+        up = None
+        if adapters:
+            up = torch.cat(
+                [(grad @ one.to(dtype)).mul_(weight.scaling) for (weight, grad), one in zip(adapted, b, strict=True)], 1
+            )
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = over @ _weight(packed, ctx.state, over.dtype)
-            grad_x.addmm_(up, a.to(over.dtype))
-            grad_x = grad_x.view(*grad.shape[:-1], -1)
-        grad_a = (up.t() @ flat).to(a.dtype)
-        grad_b = ((over.t() @ low) * ctx.scaling).to(b.dtype)
-        return grad_x, grad_a, grad_b, None, None, None
+            grad_x = over[0] @ weights[0].dense(dtype)
+            for weight, grad in zip(weights[1:], over[1:], strict=True):
+                grad_x.addmm_(grad, weight.dense(dtype))
+            if up is not None:
+                grad_x.addmm_(up, torch.cat(a).to(dtype))
+            grad_x = grad_x.view(ctx.shape)
+        given: list[torch.Tensor | None] = [grad_x, None]
+        if up is not None:
+            grads_a = (up.t() @ flat).to(a[0].dtype).split([weight.rank for weight, _ in adapted])
+            for (weight, grad), part, of_a, of_b in zip(adapted, _parts(low, weights), grads_a, b, strict=True):
+                given += [of_a, ((grad.t() @ part) * weight.scaling).to(of_b.dtype)]
+        return tuple(given)
 
 
-def _weight(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    return bnb.functional.dequantize_4bit(packed, state).to(dtype)
+def _parts(low: torch.Tensor | None, weights: Sequence[_Weight]) -> Any:
+    """The product with all A, as each adapter's own columns."""
+    return iter(()) if low is None else iter(low.split([weight.rank for weight in weights if weight.rank], dim=1))
+
+
+class _Siblings:
+    """Layers that their module gives the same input, one after the other: the first that is asked computes for all."""
+
+    def __init__(self, layers: Sequence[torch.nn.Module]) -> None:
+        self.layers = list(layers)
+        self._input: torch.Tensor | None = None
+        self._waiting: dict[int, torch.Tensor] = {}
+
+    def output(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """What layer `index` makes of `x`."""
+        if self._input is not x or index not in self._waiting:
+            asked = range(len(self.layers)) if index == 0 else [index]
+            outs = _products(x, [self.layers[one] for one in asked])
+            self._input, self._waiting = x, dict(zip(asked, outs, strict=True))
+        out = self._waiting.pop(index)
+        if not self._waiting:
+            self._input = None
+        return out
+
+
+def _products(x: torch.Tensor, layers: Sequence[torch.nn.Module]) -> tuple[torch.Tensor, ...]:
+    weights, adapters = [], []
+    for layer in layers:
+        base: Any = _base(layer)
+        scaling, rank = 0.0, 0
+        if isinstance(layer, LoraLinear4bit):
+            [name] = layer.lora_A
+            adapters += [layer.lora_A[name].weight, layer.lora_B[name].weight]
+            scaling, rank = layer.scaling[name], layer.r[name]
+        weights.append(_Weight(base.weight, base.weight.quant_state, base.unpacked, base.bias, scaling, rank))
+    first: Any = _base(layers[0])
+    outs = _Products.apply(x.to(first.compute_dtype or x.dtype), weights, *adapters)
+    return tuple(out.to(x.dtype) for out in outs)
 
 
 def fuse_adapters(model: torch.nn.Module) -> int:
-    """Gives every plain LoRA layer over a 4-bit weight the fused product; the number of such layers.
+    """Gives every plain 4-bit layer, with a plain LoRA adapter or none, the fused product; the number of such layers.
 
-    Layers that do more (dropout, DoRA or another variant, several adapters, a bias) keep PEFT's own way, and so does every layer where
-    its adapter is merged, switched off or where nothing is trained.
+    Layers that do more (dropout, DoRA or another variant, several adapters) keep PEFT's own way, and so does every layer where its
+    adapter is merged, switched off or where nothing is trained.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear4bit) and _is_plain(module)]
-    for layer in layers:
-        setattr(layer, "forward", types.MethodType(_forward, layer))  # noqa: B010 - mypy forbids the assignment
-    return len(layers)
+    inside = {id(module.base_layer) for module in model.modules() if isinstance(module, LoraLinear4bit)}
+    count = 0
+    for parent in model.modules():
+        plain = {
+            name: child
+            for name, child in parent.named_children()
+            if isinstance(child, bnb.nn.Linear4bit | LoraLinear4bit) and id(child) not in inside and _is_plain(child)
+        }
+        groups = [[plain.pop(name) for name in names] for names in _SAME_INPUT if plain.keys() >= set(names)]
+        for group in [*groups, *([child] for child in plain.values())]:
+            siblings = _Siblings(group)
+            for index, layer in enumerate(group):
+                forward = types.MethodType(_forward(siblings, index), layer)
+                setattr(layer, "forward", forward)  # noqa: B010 - mypy forbids the assignment
+                setattr(_base(layer), "unpacked", None)  # noqa: B010
+            count += len(group)
+    return count
 
 
-def _is_plain(layer: LoraLinear4bit) -> bool:
+def unpack_weights(model: torch.nn.Module, room: int) -> int:
+    """Keeps weights of fused layers unpacked in addition, as many as `room` bytes hold; the bytes that they take.
+
+    The numbers are those that every pass unpacks otherwise: nothing changes but speed.
+    """
+    taken = 0
+    for module in model.modules():
+        if hasattr(module, "unpacked") and isinstance(module, bnb.nn.Linear4bit):
+            weight: Any = module.weight
+            dtype = module.compute_dtype or weight.quant_state.dtype
+            size = weight.quant_state.shape.numel() * dtype.itemsize
+            if taken + size <= room:
+                dense = bnb.functional.dequantize_4bit(weight, weight.quant_state).to(dtype)
+                setattr(module, "unpacked", dense)  # noqa: B010
+                taken += size
+    return taken
+
+
+def pack_weights(model: torch.nn.Module) -> None:
+    """Frees what `unpack_weights` has kept."""
+    for module in model.modules():
+        if hasattr(module, "unpacked"):
+            setattr(module, "unpacked", None)  # noqa: B010
+
+
+def _base(layer: torch.nn.Module) -> torch.nn.Module:
+    return layer.get_base_layer() if isinstance(layer, LoraLinear4bit) else layer
+
+
+def _is_plain(layer: torch.nn.Module) -> bool:
+    if not isinstance(layer, LoraLinear4bit):
+        return True
     [*adapters] = layer.lora_A
     return (
         adapters == layer.active_adapters
@@ -70,17 +195,17 @@ def _is_plain(layer: LoraLinear4bit) -> bool:
         and isinstance(layer.lora_dropout[adapters[0]], torch.nn.Identity)
         and layer.lora_A[adapters[0]].bias is None
         and layer.lora_B[adapters[0]].bias is None
-        and layer.get_base_layer().bias is None
     )
 
 
-def _forward(layer: LoraLinear4bit, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if not torch.is_grad_enabled() or layer.disable_adapters or layer.merged or args or kwargs:
-        return type(layer).forward(layer, x, *args, **kwargs)
-    [name] = layer.lora_A
-    base: Any = layer.get_base_layer()
-    dtype = base.compute_dtype or x.dtype
-    weight = base.weight
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    out: Any = _Product.apply(x.to(dtype), a, b, weight, weight.quant_state, layer.scaling[name])
-    return out.to(x.dtype)
+def _forward(siblings: _Siblings, index: int) -> Any:
+    def forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled() or args or kwargs or any(map(_is_off, siblings.layers)):
+            return type(layer).forward(layer, x, *args, **kwargs)
+        return siblings.output(index, x)
+
+    return forward
+
+
+def _is_off(layer: torch.nn.Module) -> bool:
+    return isinstance(layer, LoraLinear4bit) and (layer.disable_adapters or layer.merged)

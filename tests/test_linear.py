@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from intern.linear import fuse_adapters
+from intern.linear import _Products, fuse_adapters, pack_weights, unpack_weights
 
 
 class Pair(torch.nn.Module):
@@ -63,8 +63,8 @@ def test_only_the_input_and_the_small_product_are_kept_for_the_backward_pass():
 
     model = adapted()
     fuse_adapters(model)
-    weights = [8 * 128, 192 * 8, 128 * 192 // 2]
-    assert kept(model) == sorted([4 * 16 * 8, 4 * 16 * 128, *weights])
+    adapters = [8 * 128, 192 * 8]
+    assert kept(model) == sorted([4 * 16 * 8, 4 * 16 * 128, *adapters])
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
@@ -81,3 +81,68 @@ def test_an_adapter_that_is_switched_off_is_off():
     assert torch.allclose(base, model.get_base_model()(x)) is False
     with torch.no_grad(), model.disable_adapter():
         assert torch.equal(base, model(x))
+
+
+class Attention(torch.nn.Module):
+    is_loaded_in_4bit = True
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        for name, size in (("q_proj", 128), ("k_proj", 64), ("v_proj", 64)):
+            layer = bnb.nn.Linear4bit(128, size, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
+            layer.support_avx512bf16_for_cpu = False
+            setattr(self, name, layer)
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        other = x if other is None else other
+        return torch.cat([self.q_proj(x), self.k_proj(other), self.v_proj(other)], dim=-1)
+
+
+def attention(targets, bias=False):
+    torch.manual_seed(0)
+    model = get_peft_model(Attention(bias).to("cpu"), LoraConfig(target_modules=targets, r=8, lora_alpha=24))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["q_proj", "v_proj"], ["k_proj"]])
+def test_layers_with_the_same_input_share_one_node_and_compute_what_peft_does(targets, bias, monkeypatch):
+    x = torch.randn(2, 7, 128, generator=torch.Generator().manual_seed(1))
+    model = attention(targets, bias)
+    theirs = passed(model, x)
+    model.zero_grad()
+    assert fuse_adapters(model) == 3
+    nodes = []
+    real = _Products.apply
+    monkeypatch.setattr(_Products, "apply", lambda *given: (nodes.append(len(given[1])), real(*given))[1])
+    ours = passed(model, x)
+    assert nodes == [3]
+    assert len(ours) == len(theirs) == 2 + 2 * len(targets)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+
+
+def test_a_layer_that_gets_another_input_than_its_siblings_answers_for_that_input():
+    x, other = torch.randn(2, 3, 128), torch.randn(2, 3, 128)
+    model = attention(["q_proj", "k_proj", "v_proj"])
+    expected = model(x, other)
+    fuse_adapters(model)
+    assert torch.allclose(model(x, other), expected, atol=1e-5)
+
+
+def test_unpacked_weights_change_nothing_and_are_used(monkeypatch):
+    x = torch.randn(2, 7, 128)
+    model = adapted()
+    fuse_adapters(model)
+    expected = passed(model, x)
+    model.zero_grad()
+    assert unpack_weights(model, 4 * 128 * 192 + 4) == 4 * 128 * 192  # the first; the second finds no room
+    assert unpack_weights(model, 10**9) == 4 * (128 * 192 + 192 * 64)
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", None)
+    assert all(torch.equal(mine, other) for mine, other in zip(passed(model, x), expected, strict=True))
+    pack_weights(model)
+    with pytest.raises(TypeError):
+        model(x)
