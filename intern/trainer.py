@@ -28,6 +28,7 @@ from intern.linear import fuse_adapters
 from intern.precision import Precision
 from intern.prompt import IGNORED
 from intern.run import Run
+from intern.scored import ScoredOnly
 
 log = logging.getLogger(__name__)
 
@@ -346,6 +347,7 @@ class InternTrainer(SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
         fuse_adapters(self.model)
+        self._scored = None if self.aux_loss_enabled else ScoredOnly(self.model)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The library's; where GPU memory runs out, the whole optimizer step's batches again after `step_back` made room."""
@@ -372,6 +374,12 @@ class InternTrainer(SFTTrainer):
                 raise
             return None
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **kwargs: Any) -> Any:
+        """The library's, after the last MLP was told which positions it will be asked for."""
+        if self._scored is not None and model.training:
+            self._scored.look_at(inputs["labels"])
+        return super().compute_loss(model, inputs, *arguments, **kwargs)
+
     def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
         """The library's; the first batch must have something to learn from, or every loss would be 0 / 0."""
         samples, tokens = super().get_batch_samples(*arguments)
@@ -385,7 +393,8 @@ class InternTrainer(SFTTrainer):
 
     def forget_metrics(self) -> None:
         """Takes back what a step outside of training has left in the figures of the next log entry."""
-        self._metrics["train"].clear()
+        for figures in self._metrics.values():
+            figures.clear()
         self._total_train_tokens = 0
 
     def evaluation_loop(self, *arguments: Any, **kwargs: Any) -> EvalLoopOutput:
