@@ -1,5 +1,8 @@
 """What makes long rows fit when every layer is checkpointed already: layer inputs that wait in host memory, and MLPs in pieces."""
 
+import contextvars
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -7,36 +10,107 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+_recomputing = contextvars.ContextVar("recomputing", default=False)  # whether a layer runs again for its backward pass
+
 
 def offload_inputs(layers: list[GradientCheckpointingLayer]) -> None:
     """Checkpointed layers keep their inputs in pinned host memory: batch x length x hidden size numbers less on the GPU for each layer.
 
-    The copies run beside the computation in the order of its stream, so the processor never waits for them.
+    Copies run on a stream of their own beside the computation: to the host while the layer itself computes, and back while the backward
+    pass is at the layer after.
     """
+    host = _Host()
     for layer in layers:
-        setattr(layer, "_gradient_checkpointing_func", _checkpoint_to_host)  # noqa: B010 - mypy forbids the assignment
+        setattr(layer, "_gradient_checkpointing_func", functools.partial(_checkpoint_to_host, host))  # noqa: B010 - mypy forbids the assignment
 
 
-def _checkpoint_to_host(run: Callable[..., Any], *inputs: Any) -> Any:
+def _checkpoint_to_host(host: "_Host", run: Callable[..., Any], *inputs: Any) -> Any:
     # The reentrant form saves its inputs through autograd, where hooks see them; it passes gradients on only where one of its inputs
     # needs them, which the input of the first layer does not.
     anchor = torch.zeros((), requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
-        return checkpoint(lambda _, *given: run(*given), anchor, *inputs, use_reentrant=True)
+
+    def watched(_: torch.Tensor, *given: Any) -> Any:
+        token = _recomputing.set(torch.is_grad_enabled())  # the first pass of the reentrant form runs without
+        try:
+            return run(*given)
+        finally:
+            _recomputing.reset(token)
+
+    with torch.autograd.graph.saved_tensors_hooks(host.keep, host.bring_back):
+        return checkpoint(watched, anchor, *inputs, use_reentrant=True)
 
 
-def _to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return tensor.device, host.copy_(tensor, non_blocking=True)
+class _Kept:
+    """A tensor in host memory, and its copy on the way back."""
+
+    def __init__(self, host: torch.Tensor, device: torch.device, before: "weakref.ref[_Kept] | None") -> None:
+        self.host = host
+        self.device = device
+        self.before = before  # what was kept before this: the backward pass wants it next
+        self.back: torch.Tensor | None = None
+        self.is_back: torch.cuda.Event | None = None
 
 
-def _from_host(kept: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
-    device, host = kept
-    return host.to(device, non_blocking=True)
+class _Host:
+    """Keeps tensors in host memory. All GPU memory belongs to the main stream, and each stream waits for the other's part of a copy."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._leaving: tuple[torch.Tensor, torch.cuda.Event] | None = None  # must not be freed before its copy is done
+        self._last: weakref.ref[_Kept] | None = None
+
+    def keep(self, tensor: torch.Tensor) -> _Kept:
+        """Starts the copy to the host."""
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        kept = _Kept(host, tensor.device, self._last)
+        if not tensor.is_cuda:
+            host.copy_(tensor)
+            return kept
+        self._let_leave()
+        with torch.cuda.stream(self._beside()):
+            host.copy_(tensor, non_blocking=True)
+            self._leaving = tensor, torch.cuda.current_stream().record_event()
+        self._last = weakref.ref(kept)
+        return kept
+
+    def bring_back(self, kept: _Kept) -> torch.Tensor:
+        """The tensor on its device again; the one that is wanted next is started on its way."""
+        if kept.device.type != "cuda":
+            return kept.host
+        self._let_leave()
+        self._fetch(kept)
+        assert kept.back is not None and kept.is_back is not None
+        torch.cuda.current_stream().wait_event(kept.is_back)
+        tensor, kept.back = kept.back, None
+        if kept.before is not None and (before := kept.before()) is not None:
+            self._fetch(before)
+        return tensor
+
+    def _let_leave(self) -> None:
+        if self._leaving is not None:
+            torch.cuda.current_stream().wait_event(self._leaving[1])
+            self._leaving = None
+
+    def _fetch(self, kept: _Kept) -> None:
+        if kept.back is None:
+            kept.back = torch.empty(kept.host.shape, dtype=kept.host.dtype, device=kept.device)
+            with torch.cuda.stream(self._beside()):
+                kept.back.copy_(kept.host, non_blocking=True)
+                kept.is_back = torch.cuda.current_stream().record_event()
+
+    def _beside(self) -> torch.cuda.Stream:
+        """The stream for copies, after all that the main stream has been given so far."""
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        return self._stream
 
 
 def tile_mlps(layers: list[GradientCheckpointingLayer], tokens: int) -> None:
-    """MLPs take rows in pieces of so many tokens, each recomputed in the backward pass: one piece's intermediates are there at a time."""
+    """MLPs of layers that `offload_inputs` was given take rows in pieces of so many tokens: one piece's intermediates are there at a time.
+
+    A piece is computed once forward and once more in its own backward pass, as often as without pieces: while the layer recomputes, the
+    MLP's output, which nothing needs then, is left out.
+    """
     for layer in layers:
         mlp: Any = layer.mlp
         mlp.forward = _in_pieces(mlp.forward, tokens)
@@ -44,9 +118,38 @@ def tile_mlps(layers: list[GradientCheckpointingLayer], tokens: int) -> None:
 
 def _in_pieces(whole: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return torch.cat([whole(piece) for piece in hidden.split(tokens, dim=1)], dim=1)
-        pieces = [checkpoint(whole, piece, use_reentrant=False) for piece in hidden.split(tokens, dim=1)]
-        return torch.cat(pieces, dim=1)
+        if _recomputing.get():
+            return _LaterInPieces.apply(hidden, whole, tokens)
+        return torch.cat([whole(piece) for piece in hidden.split(tokens, dim=1)], dim=1)
 
     return forward
+
+
+class _LaterInPieces(torch.autograd.Function):
+    """No output worth reading; gradients piece by piece, each piece computed when its gradient is wanted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, whole: Callable[[torch.Tensor], torch.Tensor], tokens: int
+    ) -> torch.Tensor:
+        device = hidden.device.type
+        ctx.autocast = torch.autocast(
+            device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
+        )
+        ctx.save_for_backward(hidden)
+        ctx.whole, ctx.tokens = whole, tokens
+        return torch.zeros_like(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        [hidden], [grad] = ctx.saved_tensors, grads
+        grad_hidden = torch.empty_like(hidden)
+        parts = zip(*(tensor.split(ctx.tokens, dim=1) for tensor in (hidden, grad, grad_hidden)), strict=True)
+        for given, wanted, found in parts:
+            piece = given.detach().requires_grad_()
+            with torch.enable_grad(), ctx.autocast:
+                out = ctx.whole(piece)
+            torch.autograd.backward(out, wanted)
+            assert piece.grad is not None
+            found.copy_(piece.grad)
+        return grad_hidden, None, None
