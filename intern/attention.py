@@ -3,7 +3,7 @@
 A packed batch is one long row of several short ones. A mask over it costs length x length memory and time; the kernels here get the
 rows' boundaries instead (cu_seq_lens, made once a batch by TRL's collator) and compute only what lies inside a row:
 
-- compute capability 8.0 and newer: torch's varlen_attn (flash attention);
+- compute capability 8.0 and newer: torch's varlen_attn (flash attention), on Hopper cuDNN's kernel for long rows;
 - older cards such as the T4 (7.5), where flash attention does not exist: the memory-efficient kernel's own form for packed rows;
 - CPU: one causal call for each row.
 
@@ -15,12 +15,14 @@ import inspect
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "isolated"
 KNOWN = (NAME, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+_LONG = 2048  # tokens of an average row from which Hopper's cuDNN kernel, a call for each row, beats flash attention (docs/benchmarks.md)
 _CAUSAL_FROM_TOP_LEFT = 1  # custom_mask_type of aten::_efficient_attention_forward
 
 
@@ -47,13 +49,20 @@ def isolated_attention(
         (batch, length, heads, head size), and no attention weights.
     """
     boundaries = kwargs.get("cu_seq_lens_q")
-    if boundaries is None or attention_mask is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     groups = getattr(module, "num_key_value_groups", 1)
+    if boundaries is None or attention_mask is not None:
+        if attention_mask is None and query.is_cuda and not has_flash_attention(query):
+            # Of the kernels that are left none shares key/value heads, and SDPA would take the one that builds the whole matrix.
+            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+            module = torch.nn.Identity()
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if query.device.type == "cpu":
         return _row_by_row(query, repeat_kv(key, groups), repeat_kv(value, groups), boundaries, scaling), None
     longest = int(kwargs["max_length_q"])
     if has_flash_attention(query):
+        few = query.shape[2] >= _LONG * (len(boundaries) - 1)
+        if few and torch.cuda.get_device_capability(query.device)[0] == 9:
+            return _cudnn(query, key, value, boundaries, scaling), None
         return _flash(query, key, value, boundaries, longest, scaling, groups), None
     return _memory_efficient(
         query, repeat_kv(key, groups), repeat_kv(value, groups), boundaries, longest, scaling
@@ -65,12 +74,26 @@ def has_flash_attention(query: torch.Tensor) -> bool:
     return query.dtype.itemsize == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _row_by_row(
+def _cudnn(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        return _row_by_row(query, key, value, boundaries, scaling, enable_gqa=True)
+
+
+def _row_by_row(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    scaling: float | None,
+    enable_gqa: bool = False,
 ) -> torch.Tensor:
     lengths = boundaries.diff().tolist()
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling)
+    attend = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=enable_gqa
+    )
     rows = [attend(*part) for part in parts]
     return torch.cat(rows, dim=2).transpose(1, 2).contiguous()
 
