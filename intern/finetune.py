@@ -76,7 +76,7 @@ class Plan:
 
     rules: StepRules
     args: SFTConfig
-    fits_memory: bool  # trainer.activation_checkpointing=auto on a GPU
+    memory: FitMemory | None  # on a GPU, unless trainer.activation_checkpointing=false
     lora: LoraConfig
     quant: BitsAndBytesConfig | None
     precision: Precision
@@ -173,11 +173,13 @@ def _plan(cfg: DictConfig, run: Run) -> Plan:
     evaluated = None
     if eval_rows is not None and eval_file is not None:
         evaluated = tokenize(eval_rows, tokenizer, prompt, length, data.num_proc, eval_file.path.name, scoring=True)
-    fits_memory = trainer.get("activation_checkpointing") == AUTO and precision.device == "cuda"
+    memory = None
+    if args.activation_checkpointing and precision.device == "cuda":
+        memory = FitMemory(run, every_layer=trainer["activation_checkpointing"] != AUTO)
     return Plan(
         rules=rules,
         args=args,
-        fits_memory=fits_memory,
+        memory=memory,
         lora=lora,
         quant=quant,
         precision=precision,
@@ -226,7 +228,7 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
     steps = OptimizerSteps(plan.rules.min_steps, plan.rules.max_skipped_steps)
     interruption = Interruption()
     history = History(run, steps, tracker.log)
-    memory = FitMemory(run)
+    memory = plan.memory
     carried = Carried()
     patience = None
     if plan.rules.early_stopping_patience is not None:
@@ -242,7 +244,7 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
         peft_config=plan.lora,
         # A skipped step takes back the stop at max_steps, so `steps` follows what stops early and precedes what must stop.
         callbacks=[
-            *([memory] if plan.fits_memory else []),
+            *([memory] if memory else []),
             *([patience] if patience else []),
             steps,
             carried,
@@ -252,7 +254,9 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    memory.trainer = carried.trainer = trainer
+    carried.trainer = trainer
+    if memory is not None:
+        memory.trainer = trainer
     checkpoint = run.last_checkpoint()
     log.info(
         "%d training rows, %s trainable parameters", len(plan.train.rows), f"{trainer.get_num_trainable_parameters():,}"
@@ -287,7 +291,7 @@ def _train(model: PreTrainedModel, run: Run, plan: Plan, tracker: Tracker) -> tu
         "train_tokens": tokens,
         "tokens_per_second": round(tokens / steps.seconds, 1),
         "trainable_parameters": trainer.get_num_trainable_parameters(),
-        "checkpointed_layers": memory.plan.checkpointed if memory.plan is not None else None,
+        "checkpointed_layers": memory.plan.checkpointed if memory is not None and memory.plan is not None else None,
         "train_rows": len(plan.train.rows),
         "dropped_rows": len(plan.train.dropped),
         "shortened_rows": plan.train.shortened,

@@ -1,12 +1,14 @@
 """A measured plan: how many decoder layers must recompute their activations so that the run fits into the GPU's memory.
 
 Checkpointing every layer costs a third more arithmetic (the forward pass runs twice); a layer that keeps its activations saves its share.
-So the largest real batch goes through forward and backward before the first step, with every layer checkpointed and with a few layers
-kept, and as many layers are kept as the free memory allows; that plan is then tried too. Where not even all layers are enough, their
-inputs wait in host memory, and then MLPs take rows in pieces. Memory that runs out later makes the plan safer and repeats the step.
+So the largest real batch goes through forward, backward, optimizer step and evaluation before the first step, with every layer kept, and
+where that does not fit, with none and a few, and as many are kept as the free memory allows; that plan is then tried too. What still is
+free holds weights unpacked. Where not even checkpointing all layers is enough, their inputs wait in host memory, and then MLPs take rows
+in pieces. Memory that runs out later makes the plan safer and repeats the step.
 """
 
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -14,17 +16,21 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from intern.errors import RunError
+from intern.linear import pack_weights, unpack_weights
 from intern.offload import offload_inputs, tile_mlps
 from intern.run import Run
 
 log = logging.getLogger(__name__)
 
 _MARGIN = 0.06  # of the memory: fragmentation, and what evaluation and libraries take beside the measured step
-_PIECE = 8192  # tokens that an MLP takes at a time where rows go in pieces
+_RESERVE = 0.1  # of the memory: stays free before weights are unpacked; with less the allocator starts to search
+_PIECE = 4096  # tokens that an MLP takes at a time where rows go in pieces
+_SHORTEST = 256  # tokens to which rows are cut in search of what fits
 _GIB = 2**30
 
 
@@ -38,48 +44,54 @@ class MemoryPlan:
     budget: int
     offloaded: bool = False  # inputs of checkpointed layers wait in host memory
     tiled: bool = False  # MLPs take rows in pieces
+    unpacked: int = 0  # bytes of weights that are held unpacked as well
 
     def __str__(self) -> str:
         return (
             f"activation checkpointing on {self.checkpointed} of {self.layers} layers"
             + (", their inputs in host memory" if self.offloaded else "")
             + (", MLPs in pieces" if self.tiled else "")
-            + f": the largest batch peaks at {self.peak / _GIB:.1f} GiB of {self.budget / _GIB:.1f}"
+            + (f", {self.unpacked / _GIB:.1f} GiB for unpacked weights" if self.unpacked else "")
+            + (
+                f": the largest batch peaks at {self.peak / _GIB:.1f} GiB of {self.budget / _GIB:.1f}"
+                if self.peak
+                else ""
+            )
         )
 
 
-def plan(layers: int, budget: int, peak_of: Callable[[int], int | None]) -> MemoryPlan:
-    """The fewest checkpointed layers that fit.
+def plan(layers: int, budget: int, peak_of: Callable[[int], int | None]) -> MemoryPlan | None:
+    """The fewest checkpointed layers that fit; None where it does not even fit with every layer checkpointed.
 
     Args:
         layers: how many decoder layers there are.
         budget: bytes that the run may take.
         peak_of: runs the worst step with so many layers kept (not checkpointed); its peak in bytes, None where memory ran out.
-
-    Raises:
-        RunError: it does not even fit with every layer checkpointed.
     """
     usable = _usable(budget)
-    least = peak_of(0)
-    if least is None:
-        raise RunError(
-            f"the largest batch does not fit into {budget / _GIB:.1f} GiB even with every layer checkpointed: "
-            "lower trainer.per_device_train_batch_size, then trainer.max_length"
-        )
+
+    def fits(kept: int) -> int | None:
+        peak = peak_of(kept)
+        return peak if peak is not None and peak <= usable else None
+
+    if (whole := fits(layers)) is not None:
+        return MemoryPlan(layers, 0, whole, budget)
+    if (least := fits(0)) is None:
+        return None
     kept, peak = 0, least
     # The first kept layer takes the place of a recomputed one at the peak: what a layer costs shows from the second on.
     few, more = min(2, layers), min(4, layers)
-    first = peak_of(few)
-    second = peak_of(more) if first is not None and first <= usable else None
-    if first is not None and first <= usable:
+    first = fits(few)
+    second = fits(more) if first is not None else None
+    if first is not None:
         kept, peak = few, first
-    if first is not None and second is not None and second <= usable:
+    if first is not None and second is not None:
         kept, peak = more, second
         cost = max((second - first) // max(more - few, 1), 1)
-        wanted = min(layers, more + (usable - second) // cost)
+        wanted = min(layers - 1, more + (usable - second) // cost)
         while wanted > more:
-            measured = peak_of(wanted)
-            if measured is not None and measured <= usable:
+            measured = fits(wanted)
+            if measured is not None:
                 kept, peak = wanted, measured
                 break
             wanted -= max(1, layers // 16)
@@ -94,98 +106,106 @@ class FitMemory(TrainerCallback):
     """Makes the plan at the beginning of training, from the largest batches of the data, and puts it into effect.
 
     The run keeps it in memory.json: one that goes on from a checkpoint repeats it instead of measuring again.
+
+    Args:
+        run: where the plan is kept.
+        every_layer: every layer is checkpointed, its input in host memory, and nothing is measured.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, every_layer: bool = False) -> None:
         self.run = run
+        self.every_layer = every_layer
         self.trainer: Any = None  # set when it is built: it is built with its callbacks
         self.plan: MemoryPlan | None = None
         self._layers: list[GradientCheckpointingLayer] = []
-        self._seconds = 0.0  # of the last batch that was tried
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = self.trainer.model_wrapped
         self._layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        before = None
         # What recomputes decides how sums round: a run that goes on must not differ.
         if state.global_step and self.run.memory.is_file():
-            self.plan = MemoryPlan(**self.run.read_json(self.run.memory))
-            if self.plan.offloaded:
-                offload_inputs(self._layers)
-            if self.plan.tiled:
-                tile_mlps(self._layers, _PIECE)
-            self._keep(self.plan.layers - self.plan.checkpointed)
-            self.trainer.step_back = self.step_back
-            log.info("%s, as before", self.plan)
-            return
-        batch = self._largest_batch(args.per_device_train_batch_size)
-        # Optimizer states are not there yet: two 4-byte moments at most for each trainable parameter.
-        states = 8 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        free, _ = torch.cuda.mem_get_info()
-        cap = torch.cuda.get_device_properties(0).total_memory * torch.cuda.get_per_process_memory_fraction()
-        budget = int(min(cap, free + torch.cuda.memory_reserved())) - states
-
-        @functools.cache
-        def peak_of(kept: int) -> int | None:
-            self._keep(kept)
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            start = time.monotonic()
-            try:
-                self.trainer.training_step(
-                    model, dict(batch), num_items_in_batch=torch.tensor(1000, device=args.device)
-                )
-                torch.cuda.synchronize()
-            except torch.cuda.OutOfMemoryError:
-                return None
-            finally:
-                model.zero_grad()
-            self._seconds = time.monotonic() - start
-            return torch.cuda.max_memory_allocated()
-
-        offloaded = tiled = False
-        with torch.random.fork_rng(devices=[0]):
-            while ((least := peak_of(0)) is None or least > _usable(budget)) and not tiled:
-                if offloaded:
-                    tile_mlps(self._layers, _PIECE)
-                    tiled = True
-                else:
-                    offload_inputs(self._layers)
-                    offloaded = True
-                peak_of.cache_clear()
-            self.plan = replace(plan(len(self._layers), budget, peak_of), offloaded=offloaded, tiled=tiled)
-        self._keep(self.plan.layers - self.plan.checkpointed)
-        self.trainer.forget_metrics()
+            before = MemoryPlan(**self.run.read_json(self.run.memory))
+        if before is not None or self.every_layer:
+            count = len(self._layers)
+            self._take(before or MemoryPlan(count, count, 0, 0, offloaded=True))
+            log.info("%s%s", self.plan, ", as before" if before else "")
+        else:
+            self._measure(args, state)
         self.trainer.step_back = self.step_back
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        pack_weights(self.trainer.model)  # scoring and sample answers take other memory
         torch.cuda.empty_cache()
+
+    def _measure(self, args: TrainingArguments, state: TrainerState) -> None:
+        probe = _Probe(self.trainer)
+        budget, size = probe.budget(), args.per_device_train_batch_size
+        batch = _largest(self.trainer.train_dataset, size)
+        count = len(self._layers)
+        with probe:
+
+            def peak_with(rows: list[dict[str, Any]], form: MemoryPlan) -> int | None:
+                self._take(form)
+                return probe.peak(rows)
+
+            def planned(rows: list[dict[str, Any]], **form: bool) -> MemoryPlan | None:
+                made = plan(
+                    count,
+                    budget,
+                    functools.cache(lambda kept: peak_with(rows, MemoryPlan(count, count - kept, 0, budget, **form))),
+                )
+                return replace(made, **form) if made is not None else None
+
+            found = planned(batch) or planned(batch, offloaded=True) or planned(batch, offloaded=True, tiled=True)
+            if found is None:
+                last = MemoryPlan(count, count, 0, budget, offloaded=True, tiled=True)
+                remedy = _smallest_change(
+                    batch, lambda rows: (peak_with(rows, last) or budget) <= _usable(budget), args
+                )
+                raise RunError(
+                    f"the largest batch does not fit into {budget / _GIB:.1f} GiB although every layer is checkpointed, its input in "
+                    f"host memory and its MLP in pieces: {remedy}"
+                )
+            self._take(found)
+            if not found.checkpointed and (room := _usable(budget) - int(_RESERVE * budget) - found.peak) > 0:
+                self._take(replace(found, unpacked=room))
+                peak = probe.peak(batch)
+                held = self.plan
+                assert held is not None
+                self._take(replace(held, peak=peak) if peak is not None and peak <= _usable(budget) else found)
+            seconds = probe.seconds(batch)
+        assert self.plan is not None
         self.run.write_json(self.run.memory, asdict(self.plan))
-        tokens = sum(len(row) for row in batch["input_ids"])
-        left = (state.max_steps - state.global_step) * args.gradient_accumulation_steps * self._seconds
+        tokens = sum(len(row["input_ids"]) for row in batch)
+        left = (state.max_steps - state.global_step) * args.gradient_accumulation_steps * seconds
         log.info(
             "%s; about %s tokens/s, %s for all steps",
             self.plan,
-            f"{tokens / self._seconds:,.0f}",
+            f"{tokens / seconds:,.0f}",
             time.strftime("%H:%M:%S", time.gmtime(left)),
         )
 
     def step_back(self) -> None:
-        """Makes the plan safer after memory ran out in spite of it: half as many layers keep their activations, then none, and so on.
+        """Makes the plan safer after memory ran out in spite of it: no unpacked weights, half as many kept activations, none, and so on.
 
         Raises:
             RunError: nothing is left that could be given up.
         """
         assert self.plan is not None
         kept = self.plan.layers - self.plan.checkpointed
-        if kept:
-            self._keep(kept // 2)
-            self.plan = replace(self.plan, checkpointed=self.plan.layers - kept // 2)
+        if self.plan.unpacked:
+            self._take(replace(self.plan, unpacked=0))
+        elif kept:
+            self._take(replace(self.plan, checkpointed=self.plan.layers - kept // 2))
         elif not self.plan.offloaded:
-            offload_inputs(self._layers)
-            self.plan = replace(self.plan, offloaded=True)
+            self._take(replace(self.plan, offloaded=True))
         elif not self.plan.tiled:
-            tile_mlps(self._layers, _PIECE)
-            self.plan = replace(self.plan, tiled=True)
+            self._take(replace(self.plan, tiled=True))
         else:
             raise RunError(
                 "GPU memory ran out although everything is given up for it: lower trainer.per_device_train_batch_size, "
@@ -194,13 +214,131 @@ class FitMemory(TrainerCallback):
         self.run.write_json(self.run.memory, asdict(self.plan))
         log.warning("GPU memory ran out: this step again, from now on with %s", self.plan)
 
-    def _keep(self, kept: int) -> None:
-        """The last `kept` layers keep their activations: they are the first that the backward pass frees."""
+    def _take(self, wanted: MemoryPlan) -> None:
+        """Puts a plan into effect. What is offloaded or in pieces stays so: no plan goes back there."""
+        now = self.plan
+        # The last layers keep their activations: they are the first that the backward pass frees.
         for index, layer in enumerate(self._layers):
-            layer.gradient_checkpointing = index < len(self._layers) - kept
+            layer.gradient_checkpointing = index < wanted.checkpointed
+        if wanted.offloaded and not (now and now.offloaded):
+            offload_inputs(self._layers)
+        if wanted.tiled and not (now and now.tiled):
+            tile_mlps(self._layers, _PIECE)
+        if wanted.unpacked != (now.unpacked if now else 0):
+            pack_weights(self.trainer.model)
+            wanted = replace(wanted, unpacked=unpack_weights(self.trainer.model, wanted.unpacked))
+        self.plan = wanted
 
-    def _largest_batch(self, size: int) -> dict[str, Any]:
-        rows = self.trainer.train_dataset
-        lengths = [len(ids) for ids in rows["input_ids"]]
-        largest = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)[:size]
-        return self.trainer.data_collator([rows[index] for index in largest])
+
+class _Probe:
+    """Steps that leave no trace: forward, backward, optimizer and evaluation on a batch, before training begins."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.model = trainer.model_wrapped
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = getattr(
+            trainer.optimizer, "optimizer", trainer.optimizer
+        )  # without what accelerate puts around it
+
+    def budget(self) -> int:
+        """Bytes that this process may take: its cap, and what others leave of the card."""
+        free, total = torch.cuda.mem_get_info()
+        cap = total * torch.cuda.get_per_process_memory_fraction()
+        return int(min(cap, free + torch.cuda.memory_reserved()))
+
+    def __enter__(self) -> None:
+        self._rng = torch.random.fork_rng(devices=[0])
+        self._rng.__enter__()
+        self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self.trained]
+
+    def __exit__(self, *failure: Any) -> None:
+        for parameter, weight in zip(self.trained, self._weights, strict=True):
+            parameter.data.copy_(weight)
+        self.model.zero_grad()
+        self.optimizer.state.clear()
+        self._rng.__exit__(*failure)
+        self.trainer.forget_metrics()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # the run's peak is not that of what was tried
+
+    def peak(self, rows: list[dict[str, Any]]) -> int | None:
+        """Bytes at the peak of a step on these rows; None where memory ran out."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            self._step(rows)
+            self._evaluate()
+        except torch.cuda.OutOfMemoryError:
+            return None
+        finally:
+            self.model.zero_grad()
+        return torch.cuda.max_memory_allocated()
+
+    def seconds(self, rows: list[dict[str, Any]]) -> float:
+        """How long forward and backward of these rows take, once everything is warm."""
+        torch.cuda.synchronize()
+        start = time.monotonic()
+        self._pass(rows)
+        torch.cuda.synchronize()
+        return time.monotonic() - start
+
+    def _step(self, rows: list[dict[str, Any]]) -> None:
+        if (
+            not self.optimizer.state
+        ):  # its states and the gradients of earlier batches are there from the second batch on
+            for parameter in self.trained:
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
+        self._pass(rows)
+        self.optimizer.step()
+
+    def _pass(self, rows: list[dict[str, Any]]) -> None:
+        tokens = torch.tensor(1000, device=self.trainer.args.device)
+        self.trainer.training_step(self.model, self.trainer.data_collator(rows), num_items_in_batch=tokens)
+
+    def _evaluate(self) -> None:
+        if self.trainer.eval_dataset is None:
+            return
+        rows = _largest(self.trainer.eval_dataset, self.trainer.args.per_device_eval_batch_size)
+        self.model.eval()
+        try:
+            self.trainer.prediction_step(self.model, self.trainer.data_collator(rows), prediction_loss_only=True)
+        finally:
+            self.model.train()
+
+
+def _largest(rows: Dataset, count: int) -> list[dict[str, Any]]:
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    largest = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)[:count]
+    return [rows[index] for index in largest]
+
+
+def _smallest_change(
+    batch: list[dict[str, Any]], fits: Callable[[list[dict[str, Any]]], bool], args: TrainingArguments
+) -> str:
+    """What makes a batch fit that does not, tried: fewer rows, then shorter ones."""
+    size = len(batch)
+    while size > 1:
+        size //= 2
+        if fits(batch[:size]):
+            steps = args.gradient_accumulation_steps * len(batch) // size
+            return (
+                f"trainer.per_device_train_batch_size={size} was tried and fits "
+                f"(with trainer.gradient_accumulation_steps={steps} an optimizer step sees as many rows)"
+            )
+    length = len(batch[0]["input_ids"])
+    while length > _SHORTEST:
+        length = length * 3 // 4
+        if fits([_cut(batch[0], length)]):
+            return f"trainer.max_length={length} with trainer.per_device_train_batch_size=1 was tried and fits"
+    return "take a smaller model, or a card with more memory"
+
+
+def _cut(row: dict[str, Any], length: int) -> dict[str, Any]:
+    """The first tokens of a row, or of a pack of rows."""
+    short = {name: values[:length] for name, values in row.items() if len(values) == len(row["input_ids"])}
+    if "seq_lengths" in row:
+        ends = [min(end, length) for end in itertools.accumulate(row["seq_lengths"])]
+        short["seq_lengths"] = [end - start for start, end in itertools.pairwise([0, *ends]) if end > start]
+    return short
