@@ -4,9 +4,9 @@ Training speed and memory of this project beside the plain TRL recipe and, where
 LoRA shape and memory cap, each system in a process of its own. Prints one table; --json keeps every figure and the losses of all steps.
 
 A setting is SYSTEM and flags, such as ours:pack:auto:liger, trl:batch=8:ckpt or unsloth:pack. Systems: ours, trl, unsloth. Flags:
-batch=N, pack, ckpt (every layer checkpointed), auto (ours: as many layers as the memory demands), offload (ours: checkpointed layers
-keep their inputs in host memory), tile (and run their MLPs on 8,192 tokens at a time), liger (ours: Triton layers), optim=NAME
-(transformers' name, paged_adamw_8bit by default).
+batch=N, pack, ckpt (every layer checkpointed; ours and Unsloth's keep the layers' inputs in host memory), auto (ours: as many layers as
+the memory demands, measured), liger (ours: Triton layers), cache=FOLDER (ours: the quantized base is kept there, and read from there the
+second time), optim=NAME (transformers' name, paged_adamw_8bit by default).
 """
 
 import argparse
@@ -20,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -43,6 +45,7 @@ def random_rows(
 
 def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     """One setting, measured: called in a process of its own."""
+    started = psutil.Process().create_time()
     system, *flags = setting.split(":")
     packing, checkpointing = "pack" in flags, "ckpt" in flags
     named = dict(flag.split("=", 1) for flag in flags if "=" in flag)
@@ -55,6 +58,7 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     if args.cap:
         torch.cuda.set_per_process_memory_fraction(args.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    if args.t4:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         if system == "ours":  # flash attention of its own kernel too: the switches above do not reach it
@@ -64,22 +68,23 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
             intern.attention.has_flash_attention = lambda query: False
 
     class Clock(TrainerCallback):
-        """When each step ended, and what its loss was."""
+        """When the first step, the last warm one and the last one ended; in between nothing waits for the GPU on the clock's account."""
 
         def __init__(self) -> None:
-            self.ends: list[float] = []
+            self.ends: dict[int, float] = {}
             self.losses: list[float] = []
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if on_gpu:
-                torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in (1, warm, args.max_steps):
+                if on_gpu:
+                    torch.cuda.synchronize()
+                self.ends[state.global_step] = time.time()
 
         def on_log(self, *_: Any, **given: Any) -> None:
             if "loss" in given["logs"]:
                 self.losses.append(float(given["logs"]["loss"]))
 
-    started = time.perf_counter()
+    warm = max(1, min(args.warmup, args.steps - 1))
     vocabulary = AutoConfig.from_pretrained(args.checkpoint).vocab_size
     rows = Dataset.from_list(random_rows(args.rows, args.length, vocabulary, args.full_rows))
     common = {
@@ -94,7 +99,7 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
         "fp16": args.precision == "fp16",
         "bf16": args.precision == "bf16",
         "use_cpu": not on_gpu,
-        "logging_steps": 1,
+        "logging_steps": args.logging_steps,
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
@@ -104,23 +109,16 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     build = {"ours": _ours, "trl": _trl, "unsloth": _unsloth}[system]
     common["use_liger_kernel"] = "liger" in flags
+    args.cache = named.get("cache")
     trainer = build(args, common, dtype, rows, tokenizer, checkpointing or "auto" in flags)
-    if "auto" in flags:
+    memory = None
+    if system == "ours" and on_gpu and (checkpointing or "auto" in flags):
         from intern.memory import FitMemory
         from intern.run import Run
 
         (folder := Path(common["output_dir"])).mkdir(exist_ok=True)
-        trainer.add_callback(memory := FitMemory(Run(folder)))
+        trainer.add_callback(memory := FitMemory(Run(folder), every_layer=checkpointing))
         memory.trainer = trainer
-    if "offload" in flags or "tile" in flags:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        from intern.offload import offload_inputs, tile_mlps
-
-        layers = [module for module in trainer.model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        offload_inputs(layers)
-        if "tile" in flags:
-            tile_mlps(layers, 8192)
     clock = Clock()
     trainer.add_callback(clock)
     seen = []
@@ -132,7 +130,7 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
         return compute_loss(model, inputs, *rest, **kwargs)
 
     trainer.compute_loss = counted
-    if "auto" in flags:  # the probes before the first step are no steps
+    if memory is not None:  # the probes before the first step are no steps
         begin = memory.on_train_begin
 
         def forgetful(*given: Any, **kwargs: Any) -> None:
@@ -141,20 +139,18 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
 
         memory.on_train_begin = forgetful  # type: ignore[method-assign]
     trainer.train()
-    warm = min(args.warmup, args.steps - 2)
-    durations = [end - before for before, end in zip(clock.ends[warm:], clock.ends[warm + 1 :], strict=False)]
-    tokens = [
-        sum(seen[step * args.accumulation : (step + 1) * args.accumulation]) for step in range(warm + 1, args.steps)
-    ]
+    seconds = clock.ends[args.steps] - clock.ends[warm]
+    tokens = seen[warm * args.accumulation : args.steps * args.accumulation]
     return {
         "setting": setting,
-        "tokens_per_second": round(sum(tokens) / sum(durations)),
-        "median_step_seconds": round(statistics.median(durations), 3),
-        "tokens_per_step": round(statistics.mean(tokens)),
-        "first_step_seconds": round(clock.ends[0] - started, 1),
+        "tokens_per_second": round(sum(tokens) / seconds),
+        "step_seconds": round(seconds / (args.steps - warm), 3),
+        "tokens_per_step": round(sum(tokens) / (args.steps - warm)),
+        "first_step_seconds": round(clock.ends[1] - started, 1),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else None,
-        "checkpointed_layers": memory.plan.checkpointed if "auto" in flags and memory.plan else None,
+        "checkpointed_layers": memory.plan.checkpointed if memory is not None and memory.plan else None,
+        "plan": str(memory.plan) if memory is not None else None,
         "losses": clock.losses,
     }
 
@@ -170,9 +166,8 @@ def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: A
     from intern.quant import build_quant
     from intern.trainer import InternTrainer, StepRules
 
-    base = Base(
-        OmegaConf.create({"pretrained_model_name_or_path": str(args.checkpoint), "attn_implementation": "isolated"})
-    )
+    node = {"pretrained_model_name_or_path": str(args.checkpoint), "attn_implementation": "isolated"}
+    base = Base(OmegaConf.create(node | {"quantized_cache": args.cache, "quantized_cache_gib": 24}))
     quant = build_quant(OmegaConf.create(_quantization(dtype)))
     device = "cpu" if common["use_cpu"] else "cuda"
     model = base.load(quant, Precision(device, dtype, common["fp16"], common["bf16"]))
@@ -283,9 +278,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("settings", nargs="*", default=SETTINGS)
     parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"], default="bf16")
-    parser.add_argument(
-        "--cap", type=float, default=0, help="GiB of GPU memory, and no flash or cuDNN attention (a T4: 14.7)"
-    )
+    parser.add_argument("--cap", type=float, default=0, help="GiB of GPU memory that a process may take (a T4: 14.7)")
+    parser.add_argument("--t4", action="store_true", help="no flash or cuDNN attention, which a T4 does not have")
     parser.add_argument("--length", type=int, default=2048, help="most tokens of a row, and of a pack")
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--full-rows", action="store_true", help="every row has --length tokens")
@@ -293,6 +287,7 @@ def main() -> None:
     parser.add_argument("--all-linear", action="store_true", help="adapters on the MLP's layers too")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=3, help="first steps that do not count")
+    parser.add_argument("--logging-steps", type=int, default=5)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument(
         "--unsloth-site", help="PYTHONPATH of Unsloth's process, where it needs other versions of the libraries"

@@ -18,6 +18,8 @@ def test_the_benchmark_measures_us_beside_the_plain_recipe(tmp_path):
         "4",
         "--warmup",
         "1",
+        "--logging-steps",
+        "1",
         "--length",
         "160",
         "--rows",
