@@ -7,6 +7,7 @@ free holds weights unpacked. Where not even checkpointing all layers is enough, 
 in pieces. Memory that runs out later makes the plan safer and repeats the step.
 """
 
+import copy
 import functools
 import itertools
 import logging
@@ -237,9 +238,8 @@ class _Probe:
         self.trainer = trainer
         self.model = trainer.model_wrapped
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = getattr(
-            trainer.optimizer, "optimizer", trainer.optimizer
-        )  # without what accelerate puts around it
+        # Without what accelerate puts around it: loss scaling would count these steps.
+        self.optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
 
     def budget(self) -> int:
         """Bytes that this process may take: its cap, and what others leave of the card."""
@@ -248,15 +248,18 @@ class _Probe:
         return int(min(cap, free + torch.cuda.memory_reserved()))
 
     def __enter__(self) -> None:
-        self._rng = torch.random.fork_rng(devices=[0])
+        self._rng = torch.random.fork_rng(devices=list(range(torch.cuda.device_count())))
         self._rng.__enter__()
         self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self.trained]
+        self._states = copy.deepcopy(self.optimizer.state_dict())  # none yet, unless the run goes on
 
     def __exit__(self, *failure: Any) -> None:
         for parameter, weight in zip(self.trained, self._weights, strict=True):
             parameter.data.copy_(weight)
         self.model.zero_grad()
         self.optimizer.state.clear()
+        if self._states["state"]:
+            self.optimizer.load_state_dict(self._states)
         self._rng.__exit__(*failure)
         self.trainer.forget_metrics()
         torch.cuda.empty_cache()
@@ -286,7 +289,7 @@ class _Probe:
     def _step(self, rows: list[dict[str, Any]]) -> None:
         if (
             not self.optimizer.state
-        ):  # its states and the gradients of earlier batches are there from the second batch on
+        ):  # it is there from the second step on, and so are gradients from the second batch on
             for parameter in self.trained:
                 parameter.grad = torch.zeros_like(parameter)
             self.optimizer.step()

@@ -267,7 +267,7 @@ def plot(results: list[dict[str, Any]], target: Path) -> None:
     axes.set_xlabel("peak GPU memory (GiB)")
     axes.set_ylabel("tokens/s")
     axes.set_xlim(0, 1.3 * max(one["peak_gib"] or 1 for one in points))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(one["tokens_per_second"] for one in points))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(target)

@@ -9,10 +9,11 @@ import torch
 from datasets import Dataset
 from omegaconf import OmegaConf
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, TrainerControl, TrainerState
+from transformers import BitsAndBytesConfig, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig
 
 from intern.errors import RunError
+from intern.memory import _Probe
 from intern.model import Base
 from intern.precision import Precision
 from intern.trainer import InternTrainer, Interruption, OptimizerSteps, StepRules
@@ -103,7 +104,7 @@ def test_fp16_training_keeps_its_adapters_in_float32_and_counts_its_steps(tmp_pa
     assert run.read_history()[-1]["loss_scale"] > 1
 
 
-def trained_adapters(tmp_path, faults):
+def trained_adapters(tmp_path, faults, callback=None):
     """The adapters after three steps of two batches; `faults` are the passes at which memory runs out. And how often it was made room."""
     base = Base(
         OmegaConf.create({"pretrained_model_name_or_path": "data/tiny_llama3", "attn_implementation": "isolated"})
@@ -138,6 +139,9 @@ def trained_adapters(tmp_path, faults):
         if len(passes) in faults:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
+    if callback is not None:
+        callback.trainer = trainer
+        trainer.add_callback(callback)
     trainer.model.get_base_model().model.layers[3].mlp.register_forward_pre_hook(full)
     trainer.step_back = lambda: room.append(len(passes))
     trainer.train()
@@ -150,6 +154,33 @@ def test_a_step_in_which_memory_runs_out_is_taken_again_and_leaves_no_trace(tmp_
         tmp_path, (4, 5)
     )  # the second batch of the second step, and the first of its repetition
     assert nothing == [] and room == [4, 5]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Probing(TrainerCallback):
+    """Steps for the memory plan, before training and once more when the optimizer has states."""
+
+    def __init__(self):
+        self.moved = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        probe = _Probe(self.trainer)
+        with probe:
+            probe._step(list(self.trainer.train_dataset.select([5])))
+            pairs = zip(probe.trained, probe._weights, strict=True)
+            self.moved.append(any(not torch.equal(trained.data, before) for trained, before in pairs))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.on_train_begin(args, state, control)
+
+
+def test_a_step_that_was_only_tried_leaves_no_trace(tmp_path, monkeypatch):
+    expected, _ = trained_adapters(tmp_path, ())
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    probing = Probing()
+    found, _ = trained_adapters(tmp_path, (), probing)
+    assert probing.moved == [True, True]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
