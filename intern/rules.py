@@ -368,7 +368,7 @@ def check_values(cfg: Groups) -> None:
     groups = {name: {} for name in _GROUPS} | {name: value for name, value in cfg.items() if value is not None}
     for rule in OF_VALUES:
         if (complaint := rule(groups)) is not None:
-            raise UserError(complaint)
+            raise UserError(complaint.replace("\n", "\\n"))  # a value may be text of several lines
 
 
 def check_shape(cfg: Groups, shape: Shape, lora: LoraConfig) -> None:

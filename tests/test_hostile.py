@@ -12,7 +12,7 @@ import torch
 import transformers
 import yaml
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -385,6 +385,7 @@ KEYS = [(group, key) for group, values in GROUPS.items() for key in values]
         st.sampled_from(KEYS) | st.tuples(st.sampled_from(list(GROUPS)), st.text(max_size=8)), JSON, max_size=4
     )
 )
+@example({("quant", "bnb_4bit_quant_type"): "\n"})
 def test_any_configuration_passes_or_is_refused_by_key(changes):
     cfg = {"seed": 1} | {group: dict(values) for group, values in GROUPS.items()}
     for (group, key), value in changes.items():
