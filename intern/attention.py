@@ -60,8 +60,7 @@ def isolated_attention(
         return _row_by_row(query, repeat_kv(key, groups), repeat_kv(value, groups), boundaries, scaling), None
     longest = int(kwargs["max_length_q"])
     if has_flash_attention(query):
-        few = query.shape[2] >= _LONG * (len(boundaries) - 1)
-        if few and torch.cuda.get_device_capability(query.device)[0] == 9:
+        if _is_for_cudnn(query, len(boundaries) - 1):
             return _cudnn(query, key, value, boundaries, scaling), None
         return _flash(query, key, value, boundaries, longest, scaling, groups), None
     return _memory_efficient(
@@ -72,6 +71,12 @@ def isolated_attention(
 def has_flash_attention(query: torch.Tensor) -> bool:
     """Flash attention is for 16-bit numbers on compute capability 8.0 and newer."""
     return query.dtype.itemsize == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _is_for_cudnn(query: torch.Tensor, rows: int) -> bool:
+    """Long rows on Hopper, with heads of the size for which its kernel was tried (docs/benchmarks.md), or smaller."""
+    _, _, length, head_size = query.shape
+    return length >= _LONG * rows and head_size <= 128 and torch.cuda.get_device_capability(query.device)[0] == 9
 
 
 def _cudnn(
