@@ -56,6 +56,7 @@ def isolated_attention(
             key, value = repeat_kv(key, groups), repeat_kv(value, groups)
             module = torch.nn.Identity()
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation makes them float32 in a float32 model
     if query.device.type == "cpu":
         return _row_by_row(query, repeat_kv(key, groups), repeat_kv(value, groups), boundaries, scaling), None
     longest = int(kwargs["max_length_q"])
@@ -75,6 +76,8 @@ def has_flash_attention(query: torch.Tensor) -> bool:
 
 def _is_for_cudnn(query: torch.Tensor, rows: int) -> bool:
     """Long rows on Hopper, with heads of the size for which its kernel was tried (docs/benchmarks.md), or smaller."""
+    if torch.cuda.is_current_stream_capturing():
+        return False  # a call for each row would be recorded for these rows alone
     _, _, length, head_size = query.shape
     return length >= _LONG * rows and head_size <= 128 and torch.cuda.get_device_capability(query.device)[0] == 9
 

@@ -146,7 +146,8 @@ def check_fit(tokens: Tokenized, max_length: int) -> Check:
 def check_packing(packs: Dataset, lengths: Lengths, args: SFTConfig) -> tuple[float, Check]:
     """The share of computed positions that hold a token, and whether packing kept every token and the rows apart.
 
-    With packing the positions are packs times trainer.max_length; without it, batches padded to their longest row, in one random order.
+    With packing the positions are packs times trainer.max_length; without it, batches are padded to their longest row, in one random order,
+    unless their rows lie one behind the other.
     """
     if args.packing:
         tokens = with_loss = 0
@@ -162,6 +163,8 @@ def check_packing(packs: Dataset, lengths: Lengths, args: SFTConfig) -> tuple[fl
         if not keeps_rows_apart(args):
             found += f"; trainer.packing_strategy={args.packing_strategy} cuts rows, and they see each other"
             return share, Check("packing", AMBER, found, "take trainer.packing_strategy=bfd")
+    elif args.padding_free:
+        return 1.0, Check("packing", GREEN, "no packing: the rows of a batch lie one behind the other, without padding")
     else:
         every = np.repeat(np.arange(len(lengths.histogram), dtype=np.int32), lengths.histogram)
         np.random.default_rng(args.seed).shuffle(every)

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from intern.errors import RunError
+from intern.graphs import LayerGraphs
 from intern.linear import pack_weights, unpack_weights
 from intern.offload import offload_inputs, tile_mlps
 from intern.run import Run
@@ -32,6 +33,9 @@ _MARGIN = 0.06  # of the memory: fragmentation, and what evaluation and librarie
 _RESERVE = 0.1  # of the memory: stays free before weights are unpacked; with less the allocator starts to search
 _PIECE = 4096  # tokens that an MLP takes at a time where rows go in pieces
 _SHORTEST = 256  # tokens to which rows are cut in search of what fits
+_HELD = 0.03  # of the memory: stays free of what is held with CUDA graphs, fragments included
+_RECORDINGS = 8  # shapes that are recorded in a run, or fewer
+_SAME_LOSS = 0.01  # of the loss: what rounding may change
 _GIB = 2**30
 
 
@@ -46,6 +50,7 @@ class MemoryPlan:
     offloaded: bool = False  # inputs of checkpointed layers wait in host memory
     tiled: bool = False  # MLPs take rows in pieces
     unpacked: int = 0  # bytes of weights that are held unpacked as well
+    replayed: bool = False  # decoder layers are replayed as CUDA graphs
 
     def __str__(self) -> str:
         return (
@@ -53,6 +58,7 @@ class MemoryPlan:
             + (", their inputs in host memory" if self.offloaded else "")
             + (", MLPs in pieces" if self.tiled else "")
             + (f", {self.unpacked / _GIB:.1f} GiB for unpacked weights" if self.unpacked else "")
+            + (", replayed as CUDA graphs" if self.replayed else "")
             + (
                 f": the largest batch peaks at {self.peak / _GIB:.1f} GiB of {self.budget / _GIB:.1f}"
                 if self.peak
@@ -111,14 +117,17 @@ class FitMemory(TrainerCallback):
     Args:
         run: where the plan is kept.
         every_layer: every layer is checkpointed, its input in host memory, and nothing is measured.
+        cuda_graphs: whether decoder layers may be replayed as CUDA graphs; they are where that is measured to pay.
     """
 
-    def __init__(self, run: Run, every_layer: bool = False) -> None:
+    def __init__(self, run: Run, every_layer: bool = False, cuda_graphs: bool = True) -> None:
         self.run = run
         self.every_layer = every_layer
+        self.cuda_graphs = cuda_graphs
         self.trainer: Any = None  # set when it is built: it is built with its callbacks
         self.plan: MemoryPlan | None = None
         self._layers: list[GradientCheckpointingLayer] = []
+        self._graphs: LayerGraphs | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -140,6 +149,8 @@ class FitMemory(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._graphs is not None:
+            self._graphs.remove()
         pack_weights(self.trainer.model)  # scoring and sample answers take other memory
         torch.cuda.empty_cache()
 
@@ -179,27 +190,61 @@ class FitMemory(TrainerCallback):
                 held = self.plan
                 assert held is not None
                 self._take(replace(held, peak=peak) if peak is not None and peak <= _usable(budget) else found)
-            seconds = probe.seconds(batch)
+            usual = _usual(self.trainer.train_dataset, size)
+            left = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
+            seconds = self._replay_if_faster(probe, batch, usual, left)
         assert self.plan is not None
         self.run.write_json(self.run.memory, asdict(self.plan))
-        tokens = sum(len(row["input_ids"]) for row in batch)
-        left = (state.max_steps - state.global_step) * args.gradient_accumulation_steps * seconds
         log.info(
             "%s; about %s tokens/s, %s for all steps",
             self.plan,
-            f"{tokens / seconds:,.0f}",
-            time.strftime("%H:%M:%S", time.gmtime(left)),
+            f"{sum(len(row['input_ids']) for row in usual) / seconds:,.0f}",
+            time.strftime("%H:%M:%S", time.gmtime(left * seconds)),
         )
 
+    def _replay_if_faster(
+        self, probe: "_Probe", largest: list[dict[str, Any]], usual: list[dict[str, Any]], left: int
+    ) -> float:
+        """Takes CUDA graphs where they pay in the batches that are left; the seconds that a usual batch takes in the end."""
+        alone = self.plan
+        assert alone is not None
+        probe.timed(usual)
+        seconds, loss = probe.timed(usual)
+        if not self.cuda_graphs or alone.offloaded or self.trainer.accelerator.num_processes > 1:
+            return seconds
+        try:
+            self._take(replace(alone, replayed=True))
+            start = time.monotonic()
+            recorded = probe.peak(largest, replayed=True)
+            recording = time.monotonic() - start
+            peak = probe.peak(largest, replayed=True) if recorded is not None else None
+            log.debug("with CUDA graphs %s bytes are held", peak)
+            if peak is not None and peak <= alone.budget * (1 - _HELD):
+                probe.timed(usual)
+                replayed, same = probe.timed(usual)
+                gain = (seconds - replayed) * left
+                log.debug("as CUDA graphs: %.3f s a batch, without %.3f, %.1f s to record", replayed, seconds, recording)
+                if gain > recording * _RECORDINGS and abs(same - loss) <= _SAME_LOSS * abs(loss):
+                    self._take(replace(alone, replayed=True, peak=peak))
+                    return replayed
+        except torch.cuda.OutOfMemoryError:
+            pass
+        except RuntimeError as error:  # something in these layers cannot be recorded
+            log.info("no CUDA graphs of these layers: %s", " ".join(str(error).split())[:200])
+        self._take(alone)
+        return seconds
+
     def step_back(self) -> None:
-        """Makes the plan safer after memory ran out in spite of it: no unpacked weights, half as many kept activations, none, and so on.
+        """Makes the plan safer after memory ran out in spite of it: no CUDA graphs, no unpacked weights, half as many kept activations, none, and so on.
 
         Raises:
             RunError: nothing is left that could be given up.
         """
         assert self.plan is not None
         kept = self.plan.layers - self.plan.checkpointed
-        if self.plan.unpacked:
+        if self.plan.replayed:
+            self._take(replace(self.plan, replayed=False))
+        elif self.plan.unpacked:
             self._take(replace(self.plan, unpacked=0))
         elif kept:
             self._take(replace(self.plan, checkpointed=self.plan.layers - kept // 2))
@@ -228,6 +273,13 @@ class FitMemory(TrainerCallback):
         if wanted.unpacked != (now.unpacked if now else 0):
             pack_weights(self.trainer.model)
             wanted = replace(wanted, unpacked=unpack_weights(self.trainer.model, wanted.unpacked))
+        if self._graphs is not None and (replace(wanted, peak=0) != replace(now, peak=0) if now else True):
+            self._graphs.remove()
+            self._graphs = None
+        if wanted.replayed and self._graphs is None:
+            lengths = [len(ids) for ids in self.trainer.train_dataset["input_ids"]]
+            most = sum(sorted(lengths)[-self.trainer.args.per_device_train_batch_size :])
+            self._graphs = LayerGraphs(self._layers, most, max(lengths))
         self.plan = wanted
 
 
@@ -265,7 +317,7 @@ class _Probe:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # the run's peak is not that of what was tried
 
-    def peak(self, rows: list[dict[str, Any]]) -> int | None:
+    def peak(self, rows: list[dict[str, Any]], replayed: bool = False) -> int | None:
         """Bytes at the peak of a step on these rows; None where memory ran out."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -276,15 +328,16 @@ class _Probe:
             return None
         finally:
             self.model.zero_grad()
-        return torch.cuda.max_memory_allocated()
+        # What the graphs' memory holds between two passes counts as reserved, and not as allocated.
+        return torch.cuda.max_memory_reserved() if replayed else torch.cuda.max_memory_allocated()
 
-    def seconds(self, rows: list[dict[str, Any]]) -> float:
-        """How long forward and backward of these rows take, once everything is warm."""
+    def timed(self, rows: list[dict[str, Any]]) -> tuple[float, float]:
+        """The seconds that forward and backward of these rows take, and the loss (its scale is not a run's)."""
         torch.cuda.synchronize()
         start = time.monotonic()
-        self._pass(rows)
+        loss = self._pass(rows)
         torch.cuda.synchronize()
-        return time.monotonic() - start
+        return time.monotonic() - start, loss
 
     def _step(self, rows: list[dict[str, Any]]) -> None:
         if (
@@ -296,9 +349,9 @@ class _Probe:
         self._pass(rows)
         self.optimizer.step()
 
-    def _pass(self, rows: list[dict[str, Any]]) -> None:
+    def _pass(self, rows: list[dict[str, Any]]) -> float:
         tokens = torch.tensor(1000, device=self.trainer.args.device)
-        self.trainer.training_step(self.model, self.trainer.data_collator(rows), num_items_in_batch=tokens)
+        return float(self.trainer.training_step(self.model, self.trainer.data_collator(rows), num_items_in_batch=tokens))
 
     def _evaluate(self) -> None:
         if self.trainer.eval_dataset is None:
@@ -315,6 +368,14 @@ def _largest(rows: Dataset, count: int) -> list[dict[str, Any]]:
     lengths = [len(ids) for ids in rows["input_ids"]]
     largest = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)[:count]
     return [rows[index] for index in largest]
+
+
+def _usual(rows: Dataset, count: int) -> list[dict[str, Any]]:
+    """Rows of middle length, as many as a batch has."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    first = max(0, (len(rows) - count) // 2)
+    return [rows[index] for index in order[first : first + count]]
 
 
 def _smallest_change(

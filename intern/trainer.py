@@ -68,6 +68,7 @@ class StepRules:
     min_steps: int
     max_skipped_steps: int
     early_stopping_patience: int | None = None
+    cuda_graphs: bool = True  # whether decoder layers may be replayed as CUDA graphs
     eval_answers: int = 0  # in golden rows
 
 
@@ -110,6 +111,8 @@ def build_training_args(node: DictConfig, run: Run, precision: Precision, seed: 
         # Rows come tokenized and cut to length; only packing is TRL's to do.
         "dataset_kwargs": {"skip_prepare_dataset": not values.get("packing", False)},
     }
+    if not values.get("packing") and values.get("per_device_train_batch_size", 8) != 1:
+        values["padding_free"] = True  # the rows of a batch one behind the other, kept apart like those of a pack
     args = build(SFTConfig, values, "trainer")
     args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU: nn.DataParallel cannot train what TRL patches
     return args
@@ -340,7 +343,12 @@ class InternTrainer(SFTTrainer):
         self._batches: list[dict[str, Any]] = []  # of the optimizer step that is under way
         self._answers_f1 = answers_f1
         self._has_looked = False
+        args: SFTConfig = kwargs["args"]
+        length = args.max_length
+        if args.padding_free and not args.packing:
+            args.max_length = None  # TRL insists, since it would not cut these rows: they are cut
         super().__init__(**kwargs)
+        args.max_length = length
         # TRL casts the adapters of a quantized model to bfloat16: fp16's GradScaler cannot unscale that, and small updates vanish in it.
         assert self.model is not None
         for parameter in self.model.parameters():
@@ -390,6 +398,10 @@ class InternTrainer(SFTTrainer):
                     "no token of the first batch carries loss: look at the rows with python -m intern.preview"
                 )
         return samples, tokens
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """None: no figure of a run is made of them, and the library counts all parameters anew for every batch."""
+        return 0
 
     def forget_metrics(self) -> None:
         """Takes back what a step outside of training has left in the figures of the next log entry."""

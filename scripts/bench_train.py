@@ -5,7 +5,7 @@ LoRA shape and memory cap, each system in a process of its own. Prints one table
 
 A setting is SYSTEM and flags, such as ours:pack:auto:liger, trl:batch=8:ckpt or unsloth:pack. Systems: ours, trl, unsloth. Flags:
 batch=N, pack, ckpt (every layer checkpointed; ours and Unsloth's keep the layers' inputs in host memory), auto (ours: as many layers as
-the memory demands, measured), liger (ours: Triton layers), cache=FOLDER (ours: the quantized base is kept there, and read from there the
+the memory demands, measured), eager (ours: no CUDA graphs), liger (ours: Triton layers), cache=FOLDER (ours: the quantized base is kept there, and read from there the
 second time), optim=NAME (transformers' name, paged_adamw_8bit by default).
 """
 
@@ -26,6 +26,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
+_LONG_RUN = 1000  # optimizer steps
 SETTINGS = ["ours:pack:auto:liger", "ours:pack:ckpt:liger", "trl:ckpt", "unsloth:pack:ckpt", "unsloth:ckpt"]
 
 
@@ -117,7 +118,7 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
         from intern.run import Run
 
         (folder := Path(common["output_dir"])).mkdir(exist_ok=True)
-        trainer.add_callback(memory := FitMemory(Run(folder), every_layer=checkpointing))
+        trainer.add_callback(memory := FitMemory(Run(folder), checkpointing, "eager" not in flags))
         memory.trainer = trainer
     clock = Clock()
     trainer.add_callback(clock)
@@ -133,12 +134,17 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     if memory is not None:  # the probes before the first step are no steps
         begin = memory.on_train_begin
 
-        def forgetful(*given: Any, **kwargs: Any) -> None:
-            begin(*given, **kwargs)
+        def forgetful(given: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            steps, state.max_steps = state.max_steps, _LONG_RUN  # what pays in a run, not in these few steps
+            begin(given, state, *rest, **kwargs)
+            state.max_steps = steps
             seen.clear()
 
         memory.on_train_begin = forgetful  # type: ignore[method-assign]
     trainer.train()
+    # The memory of CUDA graphs counts as reserved only, so for them the peak is all that the process holds.
+    replayed = memory is not None and memory.plan is not None and memory.plan.replayed
+    peak = torch.cuda.max_memory_reserved() if replayed else torch.cuda.max_memory_allocated()
     seconds = clock.ends[args.steps] - clock.ends[warm]
     tokens = seen[warm * args.accumulation : args.steps * args.accumulation]
     return {
@@ -147,7 +153,7 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
         "step_seconds": round(seconds / (args.steps - warm), 3),
         "tokens_per_step": round(sum(tokens) / (args.steps - warm)),
         "first_step_seconds": round(clock.ends[1] - started, 1),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
+        "peak_gib": round(peak / 2**30, 2) if on_gpu else None,
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else None,
         "checkpointed_layers": memory.plan.checkpointed if memory is not None and memory.plan else None,
         "plan": str(memory.plan) if memory is not None else None,
@@ -171,6 +177,8 @@ def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: A
     quant = build_quant(OmegaConf.create(_quantization(dtype)))
     device = "cpu" if common["use_cpu"] else "cuda"
     model = base.load(quant, Precision(device, dtype, common["fp16"], common["bf16"]))
+    if not common["packing"] and common["per_device_train_batch_size"] > 1:  # as the product does
+        common["padding_free"] = True
     config = SFTConfig(
         **common,
         activation_checkpointing=checkpointing,
