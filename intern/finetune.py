@@ -175,9 +175,7 @@ def _plan(cfg: DictConfig, run: Run) -> Plan:
         evaluated = tokenize(eval_rows, tokenizer, prompt, length, data.num_proc, eval_file.path.name, scoring=True)
     memory = None
     if args.activation_checkpointing and precision.device == "cuda":
-        memory = FitMemory(
-            run, every_layer=trainer["activation_checkpointing"] != AUTO, cuda_graphs=rules.cuda_graphs
-        )
+        memory = FitMemory(run, every_layer=trainer["activation_checkpointing"] != AUTO, cuda_graphs=rules.cuda_graphs)
     return Plan(
         rules=rules,
         args=args,

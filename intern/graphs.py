@@ -49,6 +49,7 @@ class LayerGraphs:
         self._shapes: dict[Any, _Shape] = {}
         self._sums = _Sums([one for layer in self.layers for one in layer.parameters() if one.requires_grad])
         self._anchor = torch.zeros((), requires_grad=True)  # makes autograd follow what the first layer returns
+        self.is_on = True
         self._rows: list[torch.Tensor] = []  # what goes in, what comes out, and its gradient, of any shape
         self._out: torch.Tensor | None = None
         for index, layer in enumerate(self.layers):
@@ -77,7 +78,8 @@ class LayerGraphs:
     def _takes(self, layer: torch.nn.Module, hidden: torch.Tensor, given: dict[str, Any]) -> bool:
         length = hidden.shape[1]
         return (
-            layer.training
+            self.is_on
+            and layer.training
             and torch.is_grad_enabled()
             and hidden.is_leaf  # nothing before the layers wants a gradient
             and len(hidden) == 1
@@ -166,7 +168,7 @@ def _fill(room: Any, value: Any) -> None:
     if used < size and dimension:
         room.narrow(dimension, used, size - used).zero_()
     elif used < size:
-        room[used:] = room[-1]
+        room[used:] = room[-1].clone()
 
 
 class _Sums:
@@ -229,6 +231,7 @@ class _Shape:
     def _pass_backward(self) -> None:
         device = self.hidden.device.type
         with torch.autocast(device, enabled=False):  # a backward pass takes the dtypes of its forward pass
+            assert self._end is not None
             self.sums.add(torch.autograd.grad([self._end], self.sums.trained, [self.gradient]))
         self._end = None
 
@@ -263,15 +266,19 @@ class _Recorder:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._is_warm = False
 
     def __call__(self, forward: Work, backward: Work) -> tuple[Work, Work]:
-        """Runs both once, since libraries prepare themselves at a first call, and then records them."""
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            forward()
-            backward()
-        torch.cuda.current_stream().wait_stream(beside)
+        """Records both; the first time it runs them before, since libraries prepare themselves at a first call."""
+        torch.clear_autocast_cache()  # its casts would tie the parameters to the stream of before
+        if not self._is_warm:  # only the first time: this takes memory beside that of the graphs
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                forward()
+                backward()
+            torch.cuda.current_stream().wait_stream(beside)
+            self._is_warm = True
         return self._recorded(forward), self._recorded(backward)
 
     def _recorded(self, work: Work) -> Work:

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from intern.errors import RunError
 from intern.graphs import LayerGraphs
 from intern.linear import pack_weights, unpack_weights
+from intern.machine import available_memory
 from intern.offload import offload_inputs, tile_mlps
 from intern.run import Run
 
@@ -36,6 +37,7 @@ _SHORTEST = 256  # tokens to which rows are cut in search of what fits
 _HELD = 0.03  # of the memory: stays free of what is held with CUDA graphs, fragments included
 _RECORDINGS = 8  # shapes that are recorded in a run, or fewer
 _SAME_LOSS = 0.01  # of the loss: what rounding may change
+_WIDTH = 2  # bytes of a number in 16-bit precision
 _GIB = 2**30
 
 
@@ -208,31 +210,32 @@ class FitMemory(TrainerCallback):
         """Takes CUDA graphs where they pay in the batches that are left; the seconds that a usual batch takes in the end."""
         alone = self.plan
         assert alone is not None
-        probe.timed(usual)
-        seconds, loss = probe.timed(usual)
         if not self.cuda_graphs or alone.offloaded or self.trainer.accelerator.num_processes > 1:
-            return seconds
+            return probe.timed(usual)[0]
+        self._take(replace(alone, replayed=True))
+        graphs = self._graphs
+        assert graphs is not None
         try:
-            self._take(replace(alone, replayed=True))
             start = time.monotonic()
-            recorded = probe.peak(largest, replayed=True)
+            probe.peak(largest)
             recording = time.monotonic() - start
-            peak = probe.peak(largest, replayed=True) if recorded is not None else None
-            log.debug("with CUDA graphs %s bytes are held", peak)
-            if peak is not None and peak <= alone.budget * (1 - _HELD):
-                probe.timed(usual)
-                replayed, same = probe.timed(usual)
-                gain = (seconds - replayed) * left
-                log.debug("as CUDA graphs: %.3f s a batch, without %.3f, %.1f s to record", replayed, seconds, recording)
-                if gain > recording * _RECORDINGS and abs(same - loss) <= _SAME_LOSS * abs(loss):
-                    self._take(replace(alone, replayed=True, peak=peak))
-                    return replayed
+            held = probe.held(largest)
+            probe.timed(usual)
+            replayed, loss = probe.timed(usual)
+            graphs.is_on = False
+            seconds, expected = probe.timed(usual)
+            graphs.is_on = True
+            log.debug("CUDA graphs: %.3f s a batch, %.3f without, %.1f s to record", replayed, seconds, recording)
+            pays = (seconds - replayed) * left > recording * _RECORDINGS
+            if pays and held <= alone.budget * (1 - _HELD) and abs(loss - expected) <= _SAME_LOSS * abs(expected):
+                self._take(replace(alone, replayed=True, peak=held))
+                return replayed
         except torch.cuda.OutOfMemoryError:
-            pass
+            log.debug("CUDA graphs: no memory for them")
         except RuntimeError as error:  # something in these layers cannot be recorded
             log.info("no CUDA graphs of these layers: %s", " ".join(str(error).split())[:200])
         self._take(alone)
-        return seconds
+        return probe.timed(usual)[0]
 
     def step_back(self) -> None:
         """Makes the plan safer after memory ran out in spite of it: no CUDA graphs, no unpacked weights, half as many kept activations, none, and so on.
@@ -267,7 +270,7 @@ class FitMemory(TrainerCallback):
         for index, layer in enumerate(self._layers):
             layer.gradient_checkpointing = index < wanted.checkpointed
         if wanted.offloaded and not (now and now.offloaded):
-            offload_inputs(self._layers)
+            offload_inputs(self._layers, results=self._host_has_room())
         if wanted.tiled and not (now and now.tiled):
             tile_mlps(self._layers, _PIECE)
         if wanted.unpacked != (now.unpacked if now else 0):
@@ -281,6 +284,12 @@ class FitMemory(TrainerCallback):
             most = sum(sorted(lengths)[-self.trainer.args.per_device_train_batch_size :])
             self._graphs = LayerGraphs(self._layers, most, max(lengths))
         self.plan = wanted
+
+    def _host_has_room(self) -> bool:
+        """Whether half of the host's free memory holds two tensors for each layer: its input, and what attention made of it."""
+        size = self.trainer.model.config.get_text_config().hidden_size * self.trainer.args.per_device_train_batch_size
+        longest = max(len(ids) for ids in self.trainer.train_dataset["input_ids"])
+        return 2 * len(self._layers) * longest * size * _WIDTH < available_memory() / 2
 
 
 class _Probe:
@@ -317,7 +326,7 @@ class _Probe:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # the run's peak is not that of what was tried
 
-    def peak(self, rows: list[dict[str, Any]], replayed: bool = False) -> int | None:
+    def peak(self, rows: list[dict[str, Any]]) -> int | None:
         """Bytes at the peak of a step on these rows; None where memory ran out."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -328,8 +337,15 @@ class _Probe:
             return None
         finally:
             self.model.zero_grad()
-        # What the graphs' memory holds between two passes counts as reserved, and not as allocated.
-        return torch.cuda.max_memory_reserved() if replayed else torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated()
+
+    def held(self, rows: list[dict[str, Any]]) -> int:
+        """Bytes that a step holds: what CUDA graphs keep for their next replay counts here, and not as allocated."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self._step(rows)
+        self._evaluate()
+        return torch.cuda.max_memory_reserved()
 
     def timed(self, rows: list[dict[str, Any]]) -> tuple[float, float]:
         """The seconds that forward and backward of these rows take, and the loss (its scale is not a run's)."""
@@ -351,7 +367,9 @@ class _Probe:
 
     def _pass(self, rows: list[dict[str, Any]]) -> float:
         tokens = torch.tensor(1000, device=self.trainer.args.device)
-        return float(self.trainer.training_step(self.model, self.trainer.data_collator(rows), num_items_in_batch=tokens))
+        return float(
+            self.trainer.training_step(self.model, self.trainer.data_collator(rows), num_items_in_batch=tokens)
+        )
 
     def _evaluate(self) -> None:
         if self.trainer.eval_dataset is None:

@@ -140,7 +140,7 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
             state.max_steps = steps
             seen.clear()
 
-        memory.on_train_begin = forgetful  # type: ignore[method-assign]
+        memory.on_train_begin = forgetful  # type: ignore[method-assign,assignment]
     trainer.train()
     # The memory of CUDA graphs counts as reserved only, so for them the peak is all that the process holds.
     replayed = memory is not None and memory.plan is not None and memory.plan.replayed
