@@ -49,7 +49,6 @@ class LayerGraphs:
         self._shapes: dict[Any, _Shape] = {}
         self._sums = _Sums([one for layer in self.layers for one in layer.parameters() if one.requires_grad])
         self._anchor = torch.zeros((), requires_grad=True)  # makes autograd follow what the first layer returns
-        self.is_on = True
         self._rows: list[torch.Tensor] = []  # what goes in, what comes out, and its gradient, of any shape
         self._out: torch.Tensor | None = None
         for index, layer in enumerate(self.layers):
@@ -78,8 +77,7 @@ class LayerGraphs:
     def _takes(self, layer: torch.nn.Module, hidden: torch.Tensor, given: dict[str, Any]) -> bool:
         length = hidden.shape[1]
         return (
-            self.is_on
-            and layer.training
+            layer.training
             and torch.is_grad_enabled()
             and hidden.is_leaf  # nothing before the layers wants a gradient
             and len(hidden) == 1

@@ -212,19 +212,14 @@ class FitMemory(TrainerCallback):
         assert alone is not None
         if not self.cuda_graphs or alone.offloaded or self.trainer.accelerator.num_processes > 1:
             return probe.timed(usual)[0]
-        self._take(replace(alone, replayed=True))
-        graphs = self._graphs
-        assert graphs is not None
+        probe.timed(usual)
+        seconds, expected = probe.timed(usual)
         try:
-            start = time.monotonic()
-            probe.peak(largest)
-            recording = time.monotonic() - start
-            held = probe.held(largest)
+            self._take(replace(alone, replayed=True))
+            recording, _ = probe.timed(largest)
             probe.timed(usual)
             replayed, loss = probe.timed(usual)
-            graphs.is_on = False
-            seconds, expected = probe.timed(usual)
-            graphs.is_on = True
+            held = probe.held(largest)
             log.debug("CUDA graphs: %.3f s a batch, %.3f without, %.1f s to record", replayed, seconds, recording)
             pays = (seconds - replayed) * left > recording * _RECORDINGS
             if pays and held <= alone.budget * (1 - _HELD) and abs(loss - expected) <= _SAME_LOSS * abs(expected):
@@ -235,10 +230,10 @@ class FitMemory(TrainerCallback):
         except RuntimeError as error:  # something in these layers cannot be recorded
             log.info("no CUDA graphs of these layers: %s", " ".join(str(error).split())[:200])
         self._take(alone)
-        return probe.timed(usual)[0]
+        return seconds
 
     def step_back(self) -> None:
-        """Makes the plan safer after memory ran out in spite of it: no CUDA graphs, no unpacked weights, half as many kept activations, none, and so on.
+        """Makes the plan safer after memory ran out: no CUDA graphs, no unpacked weights, half as many kept activations, none, and so on.
 
         Raises:
             RunError: nothing is left that could be given up.
