@@ -12,15 +12,13 @@ Batches that are not packed (padded ones, generation) go through transformers' o
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-from intern.offload import remembered
 
 NAME = "isolated"
 KNOWN = (NAME, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -58,10 +56,7 @@ def isolated_attention(
             key, value = repeat_kv(key, groups), repeat_kv(value, groups)
             module = torch.nn.Identity()
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    query, key = (
-        query.to(value.dtype),
-        key.to(value.dtype),
-    )  # under autocast, rotation makes them float32 in a float32 model
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation makes them float32 in a float32 model
     if query.device.type == "cpu":
         return _row_by_row(query, repeat_kv(key, groups), repeat_kv(value, groups), boundaries, scaling), None
     longest = int(kwargs["max_length_q"])
@@ -90,69 +85,25 @@ def _is_for_cudnn(query: torch.Tensor, rows: int) -> bool:
 def _cudnn(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    return _each_row(lambda *row: _Cudnn.apply(*row, scaling), query, key, value, boundaries)
-
-
-class _Cudnn(torch.autograd.Function):
-    """cuDNN's causal attention of one row, whose result a layer that recomputes finds again (intern/offload.py)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
-    ) -> torch.Tensor:
-        def compute() -> tuple[torch.Tensor, ...]:
-            out, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-                query, key, value, None, True, 0.0, True, scale=scaling
-            )
-            return out, sums
-
-        out, sums = remembered(compute)
-        ctx.save_for_backward(query, key, value, out, sums)
-        ctx.scaling = scaling
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, sums = ctx.saved_tensors
-        unused = torch.zeros((), dtype=torch.int64, device=query.device)  # seed and offset of dropout
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            grads[0],
-            query,
-            key,
-            value,
-            out,
-            sums,
-            unused,
-            unused,
-            None,
-            None,
-            None,
-            query.shape[2],
-            key.shape[2],
-            0.0,
-            True,
-            scale=ctx.scaling,
-        )
-        return *found, None
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        return _row_by_row(query, key, value, boundaries, scaling, enable_gqa=True)
 
 
 def _row_by_row(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scaling: float | None
-) -> torch.Tensor:
-    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling)
-    return _each_row(attend, query, key, value, boundaries)
-
-
-def _each_row(
-    attend: Callable[..., torch.Tensor],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     boundaries: torch.Tensor,
+    scaling: float | None,
+    enable_gqa: bool = False,
 ) -> torch.Tensor:
     lengths = boundaries.diff().tolist()
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([attend(*part) for part in parts], dim=2).transpose(1, 2).contiguous()
+    attend = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=enable_gqa
+    )
+    rows = [attend(*part) for part in parts]
+    return torch.cat(rows, dim=2).transpose(1, 2).contiguous()
 
 
 def _flash(

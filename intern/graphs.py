@@ -270,17 +270,22 @@ class _Recorder:
         """Records both; the first time it runs them before, since libraries prepare themselves at a first call."""
         torch.clear_autocast_cache()  # its casts would tie the parameters to the stream of before
         if not self._is_warm:  # only the first time: this takes memory beside that of the graphs
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
+            _stream().wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(_stream()):
                 forward()
                 backward()
-            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.current_stream().wait_stream(_stream())
             self._is_warm = True
         return self._recorded(forward), self._recorded(backward)
 
     def _recorded(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self._pool, _stream(), capture_error_mode="thread_local"):
             work()
         return graph.replay
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    """Where everything is recorded: cuBLAS keeps a workspace for each stream that it has ever seen."""
+    return torch.cuda.Stream()

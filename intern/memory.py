@@ -24,7 +24,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from intern.errors import RunError
 from intern.graphs import LayerGraphs
 from intern.linear import pack_weights, unpack_weights
-from intern.machine import available_memory
 from intern.offload import offload_inputs, tile_mlps
 from intern.run import Run
 
@@ -37,7 +36,6 @@ _SHORTEST = 256  # tokens to which rows are cut in search of what fits
 _HELD = 0.03  # of the memory: stays free of what is held with CUDA graphs, fragments included
 _RECORDINGS = 8  # shapes that are recorded in a run, or fewer
 _SAME_LOSS = 0.01  # of the loss: what rounding may change
-_WIDTH = 2  # bytes of a number in 16-bit precision
 _GIB = 2**30
 
 
@@ -265,7 +263,7 @@ class FitMemory(TrainerCallback):
         for index, layer in enumerate(self._layers):
             layer.gradient_checkpointing = index < wanted.checkpointed
         if wanted.offloaded and not (now and now.offloaded):
-            offload_inputs(self._layers, results=self._host_has_room())
+            offload_inputs(self._layers)
         if wanted.tiled and not (now and now.tiled):
             tile_mlps(self._layers, _PIECE)
         if wanted.unpacked != (now.unpacked if now else 0):
@@ -279,12 +277,6 @@ class FitMemory(TrainerCallback):
             most = sum(sorted(lengths)[-self.trainer.args.per_device_train_batch_size :])
             self._graphs = LayerGraphs(self._layers, most, max(lengths))
         self.plan = wanted
-
-    def _host_has_room(self) -> bool:
-        """Whether half of the host's free memory holds two tensors for each layer: its input, and what attention made of it."""
-        size = self.trainer.model.config.get_text_config().hidden_size * self.trainer.args.per_device_train_batch_size
-        longest = max(len(ids) for ids in self.trainer.train_dataset["input_ids"])
-        return 2 * len(self._layers) * longest * size * _WIDTH < available_memory() / 2
 
 
 class _Probe:

@@ -1,64 +1,40 @@
 """What makes long rows fit when every layer is checkpointed already: layer inputs that wait in host memory, and MLPs in pieces."""
 
-import collections
 import contextvars
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-_AT_ONCE = 2  # tensors that may be on their way to the host: the next one waits until the first has arrived
+_recomputing = contextvars.ContextVar("recomputing", default=False)  # whether a layer runs again for its backward pass
 
 
-def offload_inputs(layers: list[GradientCheckpointingLayer], results: bool = False) -> None:
+def offload_inputs(layers: list[GradientCheckpointingLayer]) -> None:
     """Checkpointed layers keep their inputs in pinned host memory: batch x length x hidden size numbers less on the GPU for each layer.
 
     Copies run on a stream of their own beside the computation: to the host while the layer itself computes, and back while the backward
     pass is at the layer after.
-
-    Args:
-        layers: a model's decoder layers.
-        results: also what `remembered` is called with is kept there.
     """
     host = _Host()
     for layer in layers:
-        setattr(layer, "_gradient_checkpointing_func", functools.partial(_checkpoint_to_host, host, results))  # noqa: B010 - mypy forbids the assignment
+        setattr(layer, "_gradient_checkpointing_func", functools.partial(_checkpoint_to_host, host))  # noqa: B010 - mypy forbids the assignment
 
 
-def remembered(compute: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    """What `compute` gives. A layer that `offload_inputs` was given, `results` too, computes it once and then finds it in host memory.
-
-    For results that take long to compute, at the price of as much host memory again.
-    """
-    now = _pass.get()
-    if now is None or now.results is None:
-        return compute()
-    if now.is_second:
-        return tuple(now.host.bring_back(kept) for kept in now.results.pop(0))
-    results = compute()
-    # The last one that was kept is the first that is brought back.
-    now.results.append([now.host.keep(tensor) for tensor in reversed(results)][::-1])
-    return results
-
-
-def _checkpoint_to_host(host: "_Host", keeps_results: bool, run: Callable[..., Any], *inputs: Any) -> Any:
+def _checkpoint_to_host(host: "_Host", run: Callable[..., Any], *inputs: Any) -> Any:
     # The reentrant form saves its inputs through autograd, where hooks see them; it passes gradients on only where one of its inputs
     # needs them, which the input of the first layer does not.
     anchor = torch.zeros((), requires_grad=True)
-    results: list[list[_Kept]] | None = [] if keeps_results else None
 
     def watched(_: torch.Tensor, *given: Any) -> Any:
-        # The first pass of the reentrant form runs without gradients.
-        token = _pass.set(_Pass(host, torch.is_grad_enabled(), results))
+        token = _recomputing.set(torch.is_grad_enabled())  # the first pass of the reentrant form runs without
         try:
             return run(*given)
         finally:
-            _pass.reset(token)
+            _recomputing.reset(token)
 
     with torch.autograd.graph.saved_tensors_hooks(host.keep, host.bring_back):
         return checkpoint(watched, anchor, *inputs, use_reentrant=True)
@@ -75,25 +51,12 @@ class _Kept:
         self.is_back: torch.cuda.Event | None = None
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """A layer at work: for the first time, or again for its backward pass."""
-
-    host: "_Host"
-    is_second: bool
-    results: list[list[_Kept]] | None  # of the first pass, in the order of its calls of `remembered`; None: not kept
-
-
-_pass: contextvars.ContextVar[_Pass | None] = contextvars.ContextVar("pass", default=None)
-
-
 class _Host:
     """Keeps tensors in host memory. All GPU memory belongs to the main stream, and each stream waits for the other's part of a copy."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
-        # Must not be freed before their copies are done.
-        self._leaving: collections.deque[tuple[torch.Tensor, torch.cuda.Event]] = collections.deque()
+        self._leaving: tuple[torch.Tensor, torch.cuda.Event] | None = None  # must not be freed before its copy is done
         self._last: weakref.ref[_Kept] | None = None
 
     def keep(self, tensor: torch.Tensor) -> _Kept:
@@ -103,10 +66,10 @@ class _Host:
         if not tensor.is_cuda:
             host.copy_(tensor)
             return kept
-        self._let_leave(_AT_ONCE - 1)
+        self._let_leave()
         with torch.cuda.stream(self._beside()):
             host.copy_(tensor, non_blocking=True)
-            self._leaving.append((tensor, torch.cuda.current_stream().record_event()))
+            self._leaving = tensor, torch.cuda.current_stream().record_event()
         self._last = weakref.ref(kept)
         return kept
 
@@ -114,7 +77,7 @@ class _Host:
         """The tensor on its device again; the one that is wanted next is started on its way."""
         if kept.device.type != "cuda":
             return kept.host
-        self._let_leave(0)
+        self._let_leave()
         self._fetch(kept)
         assert kept.back is not None and kept.is_back is not None
         torch.cuda.current_stream().wait_event(kept.is_back)
@@ -123,9 +86,10 @@ class _Host:
             self._fetch(before)
         return tensor
 
-    def _let_leave(self, allowed: int) -> None:
-        while len(self._leaving) > allowed:
-            torch.cuda.current_stream().wait_event(self._leaving.popleft()[1])
+    def _let_leave(self) -> None:
+        if self._leaving is not None:
+            torch.cuda.current_stream().wait_event(self._leaving[1])
+            self._leaving = None
 
     def _fetch(self, kept: _Kept) -> None:
         if kept.back is None:
@@ -154,7 +118,7 @@ def tile_mlps(layers: list[GradientCheckpointingLayer], tokens: int) -> None:
 
 def _in_pieces(whole: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        if (now := _pass.get()) is not None and now.is_second:
+        if _recomputing.get():
             return _LaterInPieces.apply(hidden, whole, tokens)
         return torch.cat([whole(piece) for piece in hidden.split(tokens, dim=1)], dim=1)
 

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from intern.offload import _Host, offload_inputs, remembered, tile_mlps
+from intern.offload import _Host, offload_inputs, tile_mlps
 
 
 def model_and_layers():
@@ -53,45 +53,3 @@ def test_pieces_are_no_longer_than_asked_and_computed_twice_as_a_checkpointed_la
     assert sorted(lengths) == 2 * 3 * [4] + 2 * 3 * 2 * [
         8
     ]  # three layers of rows of 8 + 8 + 4 tokens, forward and once more
-
-
-COMPUTED = []
-
-
-class Slow(torch.autograd.Function):
-    """x -> tanh(2 x), as if that took long."""
-
-    @staticmethod
-    def forward(ctx, x):
-        def compute():
-            COMPUTED.append(x.shape)
-            return torch.tanh(2 * x), torch.tensor(2.0)
-
-        out, factor = remembered(compute)
-        ctx.save_for_backward(out, factor)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        out, factor = ctx.saved_tensors
-        return grad * factor * (1 - out**2)
-
-
-@pytest.mark.parametrize("calls", [1, 2])
-def test_what_is_remembered_is_computed_in_the_first_pass_only(calls):
-    def slow(model, layers):
-        for layer in layers:
-            whole = layer.mlp.forward
-            layer.mlp.forward = lambda x, whole=whole: whole(Slow.apply(Slow.apply(x)) if calls == 2 else Slow.apply(x))
-        return model
-
-    model, layers = model_and_layers()
-    COMPUTED.clear()
-    expected = loss_and_gradients(slow(model, layers))
-    assert len(COMPUTED) == 2 * calls * 3
-    model, layers = model_and_layers()
-    offload_inputs(layers, results=True)
-    COMPUTED.clear()
-    found = loss_and_gradients(slow(model, layers))
-    assert len(COMPUTED) == calls * 3
-    assert all(torch.allclose(mine, other, atol=1e-6) for mine, other in zip(found, expected, strict=True))
