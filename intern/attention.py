@@ -56,7 +56,10 @@ def isolated_attention(
             key, value = repeat_kv(key, groups), repeat_kv(value, groups)
             module = torch.nn.Identity()
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation makes them float32 in a float32 model
+    query, key = (
+        query.to(value.dtype),
+        key.to(value.dtype),
+    )  # under autocast, rotation makes them float32 in a float32 model
     if query.device.type == "cpu":
         return _row_by_row(query, repeat_kv(key, groups), repeat_kv(value, groups), boundaries, scaling), None
     longest = int(kwargs["max_length_q"])

@@ -20,16 +20,28 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # the names that transformers' models use
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Weight:
     """A 4-bit weight as bitsandbytes keeps it, and how strongly its adapter counts (rank 0: it has none)."""
 
-    packed: torch.Tensor
+    packed: torch.Tensor  # a plain tensor: of bitsandbytes' class every use costs Python's time
     state: Any
-    unpacked: torch.Tensor | None
     bias: torch.Tensor | None
     scaling: float
     rank: int
+    dtype: torch.dtype  # to compute in
+    unpacked: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: torch.nn.Module) -> "_Weight":
+        """A plain layer's."""
+        base: Any = _base(layer)
+        scaling, rank = 0.0, 0
+        if isinstance(layer, LoraLinear4bit):
+            [name] = layer.lora_A
+            scaling, rank = layer.scaling[name], layer.r[name]
+        packed, state = base.weight.detach().as_subclass(torch.Tensor), base.weight.quant_state
+        return cls(packed, state, base.bias, scaling, rank, base.compute_dtype or state.dtype)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """(outputs, inputs)."""
@@ -100,6 +112,8 @@ class _Siblings:
 
     def __init__(self, layers: Sequence[torch.nn.Module]) -> None:
         self.layers = list(layers)
+        self.weights = [_Weight.of(layer) for layer in layers]
+        self._adapters = [_adapter(layer) for layer in layers]
         self._input: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
 
@@ -107,27 +121,25 @@ class _Siblings:
         """What layer `index` makes of `x`."""
         if self._input is not x or index not in self._waiting:
             asked = range(len(self.layers)) if index == 0 else [index]
-            outs = _products(x, [self.layers[one] for one in asked])
-            self._input, self._waiting = x, dict(zip(asked, outs, strict=True))
+            self._input, self._waiting = x, dict(zip(asked, self._products(x, asked), strict=True))
         out = self._waiting.pop(index)
         if not self._waiting:
             self._input = None
         return out
 
+    def _products(self, x: torch.Tensor, asked: Sequence[int]) -> list[torch.Tensor]:
+        weights = [self.weights[index] for index in asked]
+        adapters = [half.weight for index in asked for half in self._adapters[index]]
+        outs = _Products.apply(x.to(weights[0].dtype), weights, *adapters)
+        return [out.to(x.dtype) for out in outs]
 
-def _products(x: torch.Tensor, layers: Sequence[torch.nn.Module]) -> tuple[torch.Tensor, ...]:
-    weights, adapters = [], []
-    for layer in layers:
-        base: Any = _base(layer)
-        scaling, rank = 0.0, 0
-        if isinstance(layer, LoraLinear4bit):
-            [name] = layer.lora_A
-            adapters += [layer.lora_A[name].weight, layer.lora_B[name].weight]
-            scaling, rank = layer.scaling[name], layer.r[name]
-        weights.append(_Weight(base.weight, base.weight.quant_state, base.unpacked, base.bias, scaling, rank))
-    first: Any = _base(layers[0])
-    outs = _Products.apply(x.to(first.compute_dtype or x.dtype), weights, *adapters)
-    return tuple(out.to(x.dtype) for out in outs)
+
+def _adapter(layer: torch.nn.Module) -> list[torch.nn.Module]:
+    """A and B."""
+    if not isinstance(layer, LoraLinear4bit):
+        return []
+    [name] = layer.lora_A
+    return [layer.lora_A[name], layer.lora_B[name]]
 
 
 def fuse_adapters(model: torch.nn.Module) -> int:
@@ -150,7 +162,7 @@ def fuse_adapters(model: torch.nn.Module) -> int:
             for index, layer in enumerate(group):
                 forward = types.MethodType(_forward(siblings, index), layer)
                 setattr(layer, "forward", forward)  # noqa: B010 - mypy forbids the assignment
-                setattr(_base(layer), "unpacked", None)  # noqa: B010
+                setattr(_base(layer), "fused", siblings.weights[index])  # noqa: B010
             count += len(group)
     return count
 
@@ -161,23 +173,22 @@ def unpack_weights(model: torch.nn.Module, room: int) -> int:
     The numbers are those that every pass unpacks otherwise: nothing changes but speed.
     """
     taken = 0
-    for module in model.modules():
-        if hasattr(module, "unpacked") and isinstance(module, bnb.nn.Linear4bit):
-            weight: Any = module.weight
-            dtype = module.compute_dtype or weight.quant_state.dtype
-            size = weight.quant_state.shape.numel() * dtype.itemsize
-            if taken + size <= room:
-                dense = bnb.functional.dequantize_4bit(weight, weight.quant_state).to(dtype)
-                setattr(module, "unpacked", dense)  # noqa: B010
-                taken += size
+    for weight in _fused(model):
+        size = weight.state.shape.numel() * weight.dtype.itemsize
+        if taken + size <= room:
+            weight.unpacked = weight.dense(weight.dtype)
+            taken += size
     return taken
 
 
 def pack_weights(model: torch.nn.Module) -> None:
     """Frees what `unpack_weights` has kept."""
-    for module in model.modules():
-        if hasattr(module, "unpacked"):
-            setattr(module, "unpacked", None)  # noqa: B010
+    for weight in _fused(model):
+        weight.unpacked = None
+
+
+def _fused(model: torch.nn.Module) -> list[_Weight]:
+    return [module.fused for module in model.modules() if isinstance(getattr(module, "fused", None), _Weight)]  # type: ignore[misc]
 
 
 def _base(layer: torch.nn.Module) -> torch.nn.Module:
