@@ -7,7 +7,6 @@ free holds weights unpacked. Where not even checkpointing all layers is enough, 
 in pieces. Memory that runs out later makes the plan safer and repeats the step.
 """
 
-import copy
 import functools
 import itertools
 import logging
@@ -17,14 +16,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from intern.errors import RunError
 from intern.graphs import LayerGraphs
+from intern.layers import decoder_layers
 from intern.linear import pack_weights, unpack_weights
 from intern.offload import offload_inputs, tile_mlps
+from intern.probe import Probe, largest, usual
 from intern.run import Run
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class FitMemory(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = self.trainer.model_wrapped
-        self._layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self._layers = decoder_layers(model)
         before = None
         # What recomputes decides how sums round: a run that goes on must not differ.
         if state.global_step and self.run.memory.is_file():
@@ -155,69 +155,80 @@ class FitMemory(TrainerCallback):
         torch.cuda.empty_cache()
 
     def _measure(self, args: TrainingArguments, state: TrainerState) -> None:
-        probe = _Probe(self.trainer)
-        budget, size = probe.budget(), args.per_device_train_batch_size
-        batch = _largest(self.trainer.train_dataset, size)
-        count = len(self._layers)
+        probe = Probe(self.trainer)
+        size, rows = args.per_device_train_batch_size, self.trainer.train_dataset
+        batch, ordinary = largest(rows, size), usual(rows, size)
+        left = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
         with probe:
-
-            def peak_with(rows: list[dict[str, Any]], form: MemoryPlan) -> int | None:
-                self._take(form)
-                return probe.peak(rows)
-
-            def planned(rows: list[dict[str, Any]], **form: bool) -> MemoryPlan | None:
-                made = plan(
-                    count,
-                    budget,
-                    functools.cache(lambda kept: peak_with(rows, MemoryPlan(count, count - kept, 0, budget, **form))),
-                )
-                return replace(made, **form) if made is not None else None
-
-            found = planned(batch) or planned(batch, offloaded=True) or planned(batch, offloaded=True, tiled=True)
+            found = (
+                self._planned(probe, batch)
+                or self._planned(probe, batch, offloaded=True)
+                or self._planned(probe, batch, offloaded=True, tiled=True)
+            )
             if found is None:
-                last = MemoryPlan(count, count, 0, budget, offloaded=True, tiled=True)
-                remedy = _smallest_change(
-                    batch, lambda rows: (peak_with(rows, last) or budget) <= _usable(budget), args
-                )
-                raise RunError(
-                    f"the largest batch does not fit into {budget / _GIB:.1f} GiB although every layer is checkpointed, its input in "
-                    f"host memory and its MLP in pieces: {remedy}"
-                )
+                raise RunError(self._no_plan(probe, batch, args))
             self._take(found)
-            if not found.checkpointed and (room := _usable(budget) - int(_RESERVE * budget) - found.peak) > 0:
-                self._take(replace(found, unpacked=room))
-                peak = probe.peak(batch)
-                held = self.plan
-                assert held is not None
-                self._take(replace(held, peak=peak) if peak is not None and peak <= _usable(budget) else found)
-            usual = _usual(self.trainer.train_dataset, size)
-            left = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
-            seconds = self._replay_if_faster(probe, batch, usual, left)
+            if not found.checkpointed:
+                self._unpack(probe, batch)
+            seconds = self._replay_if_faster(probe, batch, ordinary, left)
         assert self.plan is not None
         self.run.write_json(self.run.memory, asdict(self.plan))
         log.info(
             "%s; about %s tokens/s, %s for all steps",
             self.plan,
-            f"{sum(len(row['input_ids']) for row in usual) / seconds:,.0f}",
+            f"{sum(len(row['input_ids']) for row in ordinary) / seconds:,.0f}",
             time.strftime("%H:%M:%S", time.gmtime(left * seconds)),
         )
 
+    def _planned(self, probe: Probe, batch: list[dict[str, Any]], **form: bool) -> MemoryPlan | None:
+        """The plan for a batch in this form; None where it does not fit."""
+        count, budget = len(self._layers), probe.budget
+
+        @functools.cache
+        def peak_of(kept: int) -> int | None:
+            self._take(MemoryPlan(count, count - kept, 0, budget, **form))
+            return probe.peak(batch)
+
+        made = plan(count, budget, peak_of)
+        return replace(made, **form) if made is not None else None
+
+    def _no_plan(self, probe: Probe, batch: list[dict[str, Any]], args: TrainingArguments) -> str:
+        """What to say, with the smallest change that was tried and fits."""
+        budget = probe.budget
+        # Everything is given up by now; what is tried are fewer and shorter rows.
+        remedy = _smallest_change(batch, lambda rows: (probe.peak(rows) or budget) <= _usable(budget), args)
+        return (
+            f"the largest batch does not fit into {budget / _GIB:.1f} GiB although every layer is checkpointed, its input in "
+            f"host memory and its MLP in pieces: {remedy}"
+        )
+
+    def _unpack(self, probe: Probe, batch: list[dict[str, Any]]) -> None:
+        """Unpacks weights into what memory is left, if the batch then still fits."""
+        packed = self.plan
+        assert packed is not None
+        room = _usable(packed.budget) - int(_RESERVE * packed.budget) - packed.peak
+        if room <= 0:
+            return
+        unpacked = self._take(replace(packed, unpacked=room))
+        peak = probe.peak(batch)
+        self._take(replace(unpacked, peak=peak) if peak is not None and peak <= _usable(packed.budget) else packed)
+
     def _replay_if_faster(
-        self, probe: "_Probe", largest: list[dict[str, Any]], usual: list[dict[str, Any]], left: int
+        self, probe: Probe, batch: list[dict[str, Any]], ordinary: list[dict[str, Any]], left: int
     ) -> float:
-        """Takes CUDA graphs where they pay in the batches that are left; the seconds that a usual batch takes in the end."""
+        """Takes CUDA graphs where they pay in the batches that are left; the seconds that an ordinary batch takes in the end."""
         alone = self.plan
         assert alone is not None
         if not self.cuda_graphs or alone.offloaded or self.trainer.accelerator.num_processes > 1:
-            return probe.timed(usual)[0]
-        probe.timed(usual)
-        seconds, expected = probe.timed(usual)
+            return probe.timed(ordinary)[0]
+        probe.timed(ordinary)
+        seconds, expected = probe.timed(ordinary)
         try:
             self._take(replace(alone, replayed=True))
-            recording, _ = probe.timed(largest)
-            probe.timed(usual)
-            replayed, loss = probe.timed(usual)
-            held = probe.held(largest)
+            recording, _ = probe.timed(batch)
+            probe.timed(ordinary)
+            replayed, loss = probe.timed(ordinary)
+            held = probe.held(batch)
             log.debug("CUDA graphs: %.3f s a batch, %.3f without, %.1f s to record", replayed, seconds, recording)
             pays = (seconds - replayed) * left > recording * _RECORDINGS
             if pays and held <= alone.budget * (1 - _HELD) and abs(loss - expected) <= _SAME_LOSS * abs(expected):
@@ -256,8 +267,11 @@ class FitMemory(TrainerCallback):
         self.run.write_json(self.run.memory, asdict(self.plan))
         log.warning("GPU memory ran out: this step again, from now on with %s", self.plan)
 
-    def _take(self, wanted: MemoryPlan) -> None:
-        """Puts a plan into effect. What is offloaded or in pieces stays so: no plan goes back there."""
+    def _take(self, wanted: MemoryPlan) -> MemoryPlan:
+        """Puts a plan into effect; with the bytes of weights that are really unpacked.
+
+        What is offloaded or in pieces stays so: no plan goes back there.
+        """
         now = self.plan
         # The last layers keep their activations: they are the first that the backward pass frees.
         for index, layer in enumerate(self._layers):
@@ -277,110 +291,7 @@ class FitMemory(TrainerCallback):
             most = sum(sorted(lengths)[-self.trainer.args.per_device_train_batch_size :])
             self._graphs = LayerGraphs(self._layers, most, max(lengths))
         self.plan = wanted
-
-
-class _Probe:
-    """Steps that leave no trace: forward, backward, optimizer and evaluation on a batch, before training begins."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.model = trainer.model_wrapped
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        # Without what accelerate puts around it: loss scaling would count these steps.
-        self.optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-
-    def budget(self) -> int:
-        """Bytes that this process may take: its cap, and what others leave of the card."""
-        free, total = torch.cuda.mem_get_info()
-        cap = total * torch.cuda.get_per_process_memory_fraction()
-        return int(min(cap, free + torch.cuda.memory_reserved()))
-
-    def __enter__(self) -> None:
-        self._rng = torch.random.fork_rng(devices=list(range(torch.cuda.device_count())))
-        self._rng.__enter__()
-        self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self.trained]
-        self._states = copy.deepcopy(self.optimizer.state_dict())  # none yet, unless the run goes on
-
-    def __exit__(self, *failure: Any) -> None:
-        for parameter, weight in zip(self.trained, self._weights, strict=True):
-            parameter.data.copy_(weight)
-        self.model.zero_grad()
-        self.optimizer.state.clear()
-        if self._states["state"]:
-            self.optimizer.load_state_dict(self._states)
-        self._rng.__exit__(*failure)
-        self.trainer.forget_metrics()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()  # the run's peak is not that of what was tried
-
-    def peak(self, rows: list[dict[str, Any]]) -> int | None:
-        """Bytes at the peak of a step on these rows; None where memory ran out."""
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            self._step(rows)
-            self._evaluate()
-        except torch.cuda.OutOfMemoryError:
-            return None
-        finally:
-            self.model.zero_grad()
-        return torch.cuda.max_memory_allocated()
-
-    def held(self, rows: list[dict[str, Any]]) -> int:
-        """Bytes that a step holds: what CUDA graphs keep for their next replay counts here, and not as allocated."""
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        self._step(rows)
-        self._evaluate()
-        return torch.cuda.max_memory_reserved()
-
-    def timed(self, rows: list[dict[str, Any]]) -> tuple[float, float]:
-        """The seconds that forward and backward of these rows take, and the loss (its scale is not a run's)."""
-        torch.cuda.synchronize()
-        start = time.monotonic()
-        loss = self._pass(rows)
-        torch.cuda.synchronize()
-        return time.monotonic() - start, loss
-
-    def _step(self, rows: list[dict[str, Any]]) -> None:
-        if (
-            not self.optimizer.state
-        ):  # it is there from the second step on, and so are gradients from the second batch on
-            for parameter in self.trained:
-                parameter.grad = torch.zeros_like(parameter)
-            self.optimizer.step()
-        self._pass(rows)
-        self.optimizer.step()
-
-    def _pass(self, rows: list[dict[str, Any]]) -> float:
-        tokens = torch.tensor(1000, device=self.trainer.args.device)
-        return float(
-            self.trainer.training_step(self.model, self.trainer.data_collator(rows), num_items_in_batch=tokens)
-        )
-
-    def _evaluate(self) -> None:
-        if self.trainer.eval_dataset is None:
-            return
-        rows = _largest(self.trainer.eval_dataset, self.trainer.args.per_device_eval_batch_size)
-        self.model.eval()
-        try:
-            self.trainer.prediction_step(self.model, self.trainer.data_collator(rows), prediction_loss_only=True)
-        finally:
-            self.model.train()
-
-
-def _largest(rows: Dataset, count: int) -> list[dict[str, Any]]:
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    largest = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)[:count]
-    return [rows[index] for index in largest]
-
-
-def _usual(rows: Dataset, count: int) -> list[dict[str, Any]]:
-    """Rows of middle length, as many as a batch has."""
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
-    first = max(0, (len(rows) - count) // 2)
-    return [rows[index] for index in order[first : first + count]]
+        return wanted
 
 
 def _smallest_change(

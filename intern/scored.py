@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from intern.layers import decoder_layers
 from intern.prompt import IGNORED
 
 
@@ -19,7 +19,7 @@ class ScoredOnly:
     def __init__(self, model: torch.nn.Module) -> None:
         self._size: torch.Size | None = None  # batch x length of the labels
         self._positions = torch.empty(0)
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers = decoder_layers(model)
         mlp: Any = getattr(layers[-1], "mlp", None) if layers else None
         if mlp is not None:
             mlp.forward = self._where_scored(mlp, mlp.forward)

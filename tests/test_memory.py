@@ -4,8 +4,12 @@ import types
 
 import pytest
 import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaModel, TrainerState
 
-from intern.memory import _smallest_change, plan
+import intern.memory
+from intern.memory import FitMemory, MemoryPlan, _smallest_change, plan
+from intern.run import Run
 
 GIB = 2**30
 
@@ -77,6 +81,72 @@ def test_the_remedy_is_the_first_change_that_fits_when_tried():
     [cut] = tried[-1]
     assert cut["seq_lengths"] == [562] and cut["labels"] == list(range(562))
     assert _smallest_change(batch, lambda rows: False, ARGS).startswith("take a smaller model")
+
+
+class Told:
+    """A probe of a GPU that behaves as told: a batch takes `alone` seconds without CUDA graphs, `replayed` with them."""
+
+    budget = 14 * GIB
+
+    def __init__(self, fit, alone=0.3, replayed=0.1, loss=2.0, peak=12 * GIB, held=13 * GIB, error=None):
+        self.fit, self.seconds, self.loss, self.error = fit, {False: alone, True: replayed}, loss, error
+        self.peak, self.held = (lambda batch: peak), (lambda batch: held)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *failure):
+        pass
+
+    def timed(self, rows):
+        replayed = self.fit.plan.replayed
+        if replayed and self.error is not None:
+            raise self.error
+        return self.seconds[replayed], self.loss if replayed else 2.0
+
+
+@pytest.mark.parametrize(
+    ("told", "steps", "replayed"),
+    [
+        ({}, 100, True),
+        ({}, 1, False),  # over before the recording has paid
+        ({"replayed": 0.31}, 100, False),  # no faster
+        ({"loss": 2.1}, 100, False),  # not what the layers alone compute
+        ({"held": int(13.9 * GIB)}, 100, False),  # no room
+        ({"error": torch.OutOfMemoryError("full")}, 100, False),
+        ({"error": RuntimeError("operation not permitted when stream is capturing")}, 100, False),
+        ({"peak": 11 * GIB}, 100, True),  # with weights unpacked into what is left
+    ],
+)
+def test_cuda_graphs_are_taken_where_they_pay_fit_and_agree(told, steps, replayed, tmp_path, monkeypatch):
+    model = LlamaModel(LlamaConfig(num_hidden_layers=4, hidden_size=8, num_attention_heads=2, vocab_size=10))
+    fit = FitMemory(Run(tmp_path))
+    rows = Dataset.from_dict({"input_ids": [[1] * length for length in (5, 9, 7)]})
+    args = types.SimpleNamespace(per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    accelerator = types.SimpleNamespace(num_processes=1)
+    fit.trainer = types.SimpleNamespace(
+        model=model, model_wrapped=model, train_dataset=rows, args=args, accelerator=accelerator
+    )
+    made = []
+
+    class Graphs:
+        def __init__(self, layers, most_tokens, longest_row):
+            made.append((len(layers), most_tokens, longest_row))
+
+        def remove(self):
+            made.append("removed")
+
+    monkeypatch.setattr(intern.memory, "Probe", lambda trainer: Told(fit, **told))
+    monkeypatch.setattr(intern.memory, "LayerGraphs", Graphs)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    fit.on_train_begin(args, TrainerState(global_step=0, max_steps=steps, stateful_callbacks=[]), None)
+    assert fit.plan.replayed == replayed
+    assert made == [(4, 9, 9)] if replayed else made == [(4, 9, 9), "removed"]
+    assert MemoryPlan(**fit.run.read_json(fit.run.memory)) == fit.plan
+    assert ("CUDA graphs" in str(fit.plan)) == replayed
+    if replayed:
+        fit.trainer.step_back()  # memory runs out in spite of it: the graphs are what goes first
+        assert not fit.plan.replayed and made[-1] == "removed"
 
 
 @pytest.mark.gpu

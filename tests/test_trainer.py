@@ -13,9 +13,9 @@ from transformers import BitsAndBytesConfig, TrainerCallback, TrainerControl, Tr
 from trl import SFTConfig
 
 from intern.errors import RunError
-from intern.memory import _Probe
 from intern.model import Base
 from intern.precision import Precision
+from intern.probe import Probe
 from intern.trainer import InternTrainer, Interruption, OptimizerSteps, StepRules
 
 
@@ -164,7 +164,7 @@ class Probing(TrainerCallback):
         self.moved = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        probe = _Probe(self.trainer)
+        probe = Probe(self.trainer)
         with probe:
             probe._step(list(self.trainer.train_dataset.select([5])))
             pairs = zip(probe.trained, probe._weights, strict=True)

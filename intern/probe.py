@@ -1,0 +1,116 @@
+"""Training steps before training begins: what a batch takes in memory and time, without a trace in the run."""
+
+import copy
+import functools
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+
+class Probe:
+    """Steps that leave no trace: forward, backward, optimizer and evaluation on a batch, before training begins."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.model = trainer.model_wrapped
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        # Without what accelerate puts around it: loss scaling would count these steps.
+        self.optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+    @functools.cached_property
+    def budget(self) -> int:
+        """Bytes that this process may take: its cap, and what others leave of the card."""
+        free, total = torch.cuda.mem_get_info()
+        cap = total * torch.cuda.get_per_process_memory_fraction()
+        return int(min(cap, free + torch.cuda.memory_reserved()))
+
+    def __enter__(self) -> None:
+        self._rng = torch.random.fork_rng(devices=list(range(torch.cuda.device_count())))
+        self._rng.__enter__()
+        self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self.trained]
+        self._states = copy.deepcopy(self.optimizer.state_dict())  # none yet, unless the run goes on
+
+    def __exit__(self, *failure: Any) -> None:
+        for parameter, weight in zip(self.trained, self._weights, strict=True):
+            parameter.data.copy_(weight)
+        self.model.zero_grad()
+        self.optimizer.state.clear()
+        if self._states["state"]:
+            self.optimizer.load_state_dict(self._states)
+        self._rng.__exit__(*failure)
+        self.trainer.forget_metrics()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # the run's peak is not that of what was tried
+
+    def peak(self, rows: list[dict[str, Any]]) -> int | None:
+        """Bytes at the peak of a step on these rows; None where memory ran out."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            self._step(rows)
+            self._evaluate()
+        except torch.cuda.OutOfMemoryError:
+            return None
+        finally:
+            self.model.zero_grad()
+        return torch.cuda.max_memory_allocated()
+
+    def held(self, rows: list[dict[str, Any]]) -> int:
+        """Bytes that a step holds: what CUDA graphs keep for their next replay counts here, and not as allocated."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self._step(rows)
+        self._evaluate()
+        return torch.cuda.max_memory_reserved()
+
+    def timed(self, rows: list[dict[str, Any]]) -> tuple[float, float]:
+        """The seconds that forward and backward of these rows take, and the loss (its scale is not a run's)."""
+        torch.cuda.synchronize()
+        start = time.monotonic()
+        loss = self._pass(rows)
+        torch.cuda.synchronize()
+        return time.monotonic() - start, loss
+
+    def _step(self, rows: list[dict[str, Any]]) -> None:
+        if (
+            not self.optimizer.state
+        ):  # it is there from a run's second step on, and so are gradients from its second batch on
+            for parameter in self.trained:
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
+        self._pass(rows)
+        self.optimizer.step()
+
+    def _pass(self, rows: list[dict[str, Any]]) -> float:
+        tokens = torch.tensor(1000, device=self.trainer.args.device)
+        return float(
+            self.trainer.training_step(self.model, self.trainer.data_collator(rows), num_items_in_batch=tokens)
+        )
+
+    def _evaluate(self) -> None:
+        if self.trainer.eval_dataset is None:
+            return
+        rows = largest(self.trainer.eval_dataset, self.trainer.args.per_device_eval_batch_size)
+        self.model.eval()
+        try:
+            self.trainer.prediction_step(self.model, self.trainer.data_collator(rows), prediction_loss_only=True)
+        finally:
+            self.model.train()
+
+
+def largest(rows: Dataset, count: int) -> list[dict[str, Any]]:
+    """The longest rows, as many as a batch has."""
+    return [rows[index] for index in _by_length(rows)[-count:][::-1]]
+
+
+def usual(rows: Dataset, count: int) -> list[dict[str, Any]]:
+    """Rows of middle length, as many as a batch has."""
+    first = max(0, (len(rows) - count) // 2)
+    return [rows[index] for index in _by_length(rows)[first : first + count]]
+
+
+def _by_length(rows: Dataset) -> list[int]:
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return sorted(range(len(rows)), key=lengths.__getitem__)
