@@ -10,6 +10,7 @@ second time), optim=NAME (transformers' name, paged_adamw_8bit by default).
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -50,6 +51,9 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     system, *flags = setting.split(":")
     packing, checkpointing = "pack" in flags, "ckpt" in flags
     named = dict(flag.split("=", 1) for flag in flags if "=" in flag)
+    args = argparse.Namespace(**vars(args))
+    args.length, args.rank = int(named.get("length", args.length)), int(named.get("rank", args.rank))
+    args.full_rows |= "full" in flags
     if system == "unsloth":
         import unsloth  # noqa: F401 - has to be imported before the libraries that it patches
     import torch
@@ -57,6 +61,8 @@ def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
     on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()  # of the setting before, in the same process
     if args.cap:
         torch.cuda.set_per_process_memory_fraction(args.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     if args.t4:
@@ -260,12 +266,29 @@ def measure(setting: str, arguments: list[str], site: str | None) -> dict[str, A
     return {"setting": setting, "error": errors[-1][:120]}
 
 
-def plot(results: list[dict[str, Any]], target: Path) -> None:
-    """Tokens/s against peak GPU memory; settings that failed are left out."""
+def measure_here(setting: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Runs one setting in this process: without the time for imports, and with what settings before it have warmed."""
+    try:
+        return train(setting, args)
+    except Exception as error:  # the settings after it are worth measuring
+        return {"setting": setting, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:120]}
+    finally:
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def plot(results: list[dict[str, Any]], target: Path, cost: bool) -> None:
+    """Tokens/s against peak GPU memory, or, for `cost`, seconds against tokens of a step; settings that failed are left out."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
+    if cost:
+        _plot_cost(axes, [one for one in results if "error" not in one])
+        figure.savefig(target)
+        return
     colors = {"ours": "#1f77b4", "unsloth": "#d62728", "trl": "#7f7f7f"}
     points = [one for one in results if "error" not in one]
     for one in points:
@@ -279,6 +302,31 @@ def plot(results: list[dict[str, Any]], target: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(target)
+
+
+def _plot_cost(axes: Any, points: list[dict[str, Any]]) -> None:
+    """Both axes logarithmic: where the cost grows as the tokens do, points lie along the grey lines."""
+    from matplotlib.ticker import FuncFormatter
+
+    series: dict[str, list[tuple[int, float]]] = {}  # settings that differ in the length of their rows alone
+    for one in points:
+        flags = [flag for flag in one["setting"].split(":") if not flag.startswith("length=")]
+        series.setdefault(":".join(flags), []).append((one["tokens_per_step"], one["step_seconds"]))
+    for name, pairs in series.items():
+        axes.loglog(*zip(*sorted(pairs), strict=True), "o-", markersize=6, linewidth=1, label=name)
+    every = [pair for pairs in series.values() for pair in pairs]
+    least, most = min(x for x, _ in every), max(x for x, _ in every)
+    for each in (min(y / x for x, y in every), max(y / x for x, y in every)):
+        axes.loglog([least, most], [each * least, each * most], color="#bbbbbb", linewidth=1, zorder=0)
+    axes.set_xticks(sorted({x for x, _ in every}))
+    axes.set_xlabel("tokens of a step")
+    axes.set_ylabel("seconds of a step")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axes.grid(alpha=0.3, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def main() -> None:
@@ -301,31 +349,47 @@ def main() -> None:
         "--unsloth-site", help="PYTHONPATH of Unsloth's process, where it needs other versions of the libraries"
     )
     parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--plot", type=Path, help="PNG: tokens/s against peak memory, a point for each setting")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        help="PNG: tokens/s against peak memory, a point for each setting; with --one-process: seconds against tokens of a step",
+    )
+    parser.add_argument("--one-process", action="store_true", help="all settings in this process, one after the other")
     parser.add_argument("--only", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.only:
         print(json.dumps(train(args.only, args)))
         return
     given = [text for text in sys.argv[1:] if text not in args.settings]
     results = []
     for setting in args.settings:
-        results.append(measure(setting, given, args.unsloth_site))
+        here = args.one_process
+        results.append(measure_here(setting, args) if here else measure(setting, given, args.unsloth_site))
         print(f"{setting}: {results[-1].get('error') or results[-1]['tokens_per_second']}", file=sys.stderr, flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        if args.json:  # after each: what is measured is kept, whatever happens to the next one
+            args.json.write_text(json.dumps(results, indent=1))
     if args.plot:
-        plot(results, args.plot)
+        plot(results, args.plot, cost=args.one_process)
     print(
-        "| setting | tokens/s | peak GiB | reserved GiB | first step after s | layers checkpointed | mean loss |\n|---|---:|---:|---:|---:|---:|---:|"
+        "| setting | tokens/s | tokens a step | seconds a step | peak GiB | reserved GiB | first step after s | layers checkpointed | mean loss |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
     for one in results:
         if "error" in one:
-            print(f"| {one['setting']} | {one['error']} | | | | |")
+            print(f"| {one['setting']} | {one['error']} | | | | | | | |")
         else:
-            names = ("tokens_per_second", "peak_gib", "reserved_gib", "first_step_seconds", "checkpointed_layers")
+            names = (
+                "tokens_per_second",
+                "tokens_per_step",
+                "step_seconds",
+                "peak_gib",
+                "reserved_gib",
+                "first_step_seconds",
+                "checkpointed_layers",
+            )
             figures = ["" if one[name] is None else one[name] for name in names]
-            print(f"| {one['setting']} | {' | '.join(map(str, figures))} | {statistics.mean(one['losses']):.3f} |")
+            loss = f"{statistics.mean(one['losses']):.3f}" if one["losses"] else ""  # fewer steps than --logging-steps
+            print(f"| {one['setting']} | {' | '.join(map(str, figures))} | {loss} |")
 
 
 if __name__ == "__main__":
