@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -128,12 +129,14 @@ class FitMemory(TrainerCallback):
         self.plan: MemoryPlan | None = None
         self._layers: list[GradientCheckpointingLayer] = []
         self._graphs: LayerGraphs | None = None
+        self._detached: RemovableHandle | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = self.trainer.model_wrapped
         self._layers = decoder_layers(model)
+        self._detach_embeddings(model, args)
         before = None
         # What recomputes decides how sums round: a run that goes on must not differ.
         if state.global_step and self.run.memory.is_file():
@@ -151,8 +154,21 @@ class FitMemory(TrainerCallback):
     ) -> None:
         if self._graphs is not None:
             self._graphs.remove()
+        if self._detached is not None:
+            self._detached.remove()
         pack_weights(self.trainer.model)  # scoring and sample answers take other memory
         torch.cuda.empty_cache()
+
+    def _detach_embeddings(self, model: Any, args: TrainingArguments) -> None:
+        """Takes back that the libraries ask for gradients of frozen embeddings: nobody reads them, and they take memory and time.
+
+        The reentrant form of checkpointing, which is why they do so, is not used unless trainer.activation_checkpointing_kwargs asks for it.
+        """
+        embeddings = model.get_input_embeddings()
+        is_trained = any(parameter.requires_grad for parameter in embeddings.parameters())
+        form: Any = args.activation_checkpointing_kwargs or {}
+        if not is_trained and not form.get("use_reentrant"):
+            self._detached = embeddings.register_forward_hook(lambda module, given, out: out.detach())
 
     def _measure(self, args: TrainingArguments, state: TrainerState) -> None:
         probe = Probe(self.trainer)

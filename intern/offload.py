@@ -30,14 +30,24 @@ def _checkpoint_to_host(host: "_Host", run: Callable[..., Any], *inputs: Any) ->
     anchor = torch.zeros((), requires_grad=True)
 
     def watched(_: torch.Tensor, *given: Any) -> Any:
-        token = _recomputing.set(torch.is_grad_enabled())  # the first pass of the reentrant form runs without
+        again = torch.is_grad_enabled()  # the first pass of the reentrant form runs without
+        token = _recomputing.set(again)
         try:
-            return run(*given)
+            out = run(*given)
         finally:
             _recomputing.reset(token)
+        if again:
+            _forget(out)
+        return out
 
     with torch.autograd.graph.saved_tensors_hooks(host.keep, host.bring_back):
         return checkpoint(watched, anchor, *inputs, use_reentrant=True)
+
+
+def _forget(out: Any) -> None:
+    """Frees the numbers of a sum that only starts a backward pass: a recomputed layer's output, which nothing reads."""
+    if isinstance(out, torch.Tensor) and out.grad_fn is not None and out.grad_fn.name() == "AddBackward0":
+        out.untyped_storage().resize_(0)
 
 
 class _Kept:

@@ -122,7 +122,9 @@ def test_cuda_graphs_are_taken_where_they_pay_fit_and_agree(told, steps, replaye
     model = LlamaModel(LlamaConfig(num_hidden_layers=4, hidden_size=8, num_attention_heads=2, vocab_size=10))
     fit = FitMemory(Run(tmp_path))
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in (5, 9, 7)]})
-    args = types.SimpleNamespace(per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    args = types.SimpleNamespace(
+        per_device_train_batch_size=1, gradient_accumulation_steps=2, activation_checkpointing_kwargs=None
+    )
     accelerator = types.SimpleNamespace(num_processes=1)
     fit.trainer = types.SimpleNamespace(
         model=model, model_wrapped=model, train_dataset=rows, args=args, accelerator=accelerator
@@ -147,6 +149,32 @@ def test_cuda_graphs_are_taken_where_they_pay_fit_and_agree(told, steps, replaye
     if replayed:
         fit.trainer.step_back()  # memory runs out in spite of it: the graphs are what goes first
         assert not fit.plan.replayed and made[-1] == "removed"
+
+
+@pytest.mark.parametrize("case", ["frozen", "trained", "reentrant"])
+def test_frozen_embeddings_are_asked_for_no_gradient(case, tmp_path, monkeypatch):
+    model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10)).train()
+    model.embed_tokens.requires_grad_(case == "trained")
+    if case != "trained":
+        model.enable_input_require_grads()  # as TRL does, and the trainer once more
+        model.enable_input_require_grads()
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda layer, given: seen.append(given[0].requires_grad))
+    fit = FitMemory(Run(tmp_path))
+    fit.run.write_json(fit.run.memory, {"layers": 2, "checkpointed": 1, "peak": 5, "budget": 6})
+    fit.trainer = types.SimpleNamespace(model=model, model_wrapped=model)
+    args = types.SimpleNamespace(activation_checkpointing_kwargs={"use_reentrant": True} if case == "reentrant" else {})
+    state = TrainerState(global_step=5, stateful_callbacks=[])
+    ids = torch.arange(6)[None]
+    model(input_ids=ids)
+    fit.on_train_begin(args, state, None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for layer in model.layers:
+        layer.gradient_checkpointing = False
+    model(input_ids=ids)
+    fit.on_train_end(args, state, None)
+    model(input_ids=ids)
+    assert seen == [True, case != "frozen", True]
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+import intern.offload
 from intern.offload import _Host, offload_inputs, tile_mlps
 
 
@@ -40,6 +41,21 @@ def test_loss_and_gradients_stay_the_same(tokens, monkeypatch):
     assert [tuple(shape) for shape in kept if len(shape) == 3] == [(2, 20, 32)] * 3
     assert len(found) == len(expected) > 20
     assert all(torch.allclose(mine, other, atol=1e-6) for mine, other in zip(found, expected, strict=True))
+
+
+def test_the_output_of_a_layer_that_recomputes_takes_no_memory(monkeypatch):
+    model, layers = model_and_layers()
+    offload_inputs(layers)
+    sizes = []
+    real = intern.offload._forget
+    monkeypatch.setattr(
+        intern.offload, "_forget", lambda out: (real(out), sizes.append(out.untyped_storage().nbytes()))
+    )
+    loss_and_gradients(model)
+    assert sizes == [0] * 3  # of the second pass of each layer; that gradients stay the same is tested above
+    norm = torch.nn.functional.layer_norm(torch.randn(2, 8, requires_grad=True), (8,))
+    real(norm)  # its gradient may need its numbers
+    assert norm.untyped_storage().nbytes() > 0
 
 
 def test_pieces_are_no_longer_than_asked_and_computed_twice_as_a_checkpointed_layer_is():

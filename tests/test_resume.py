@@ -1,6 +1,7 @@
 """A run that stops and goes on ends bit for bit like one that never stopped."""
 
 import shutil
+import types
 
 import pytest
 from conftest import ROOT, SHORT, command
@@ -147,7 +148,8 @@ def test_the_memory_plan_of_a_run_is_repeated_and_not_measured_again(tmp_path):
     run.write_json(run.memory, {"layers": 4, "checkpointed": 3, "peak": 5, "budget": 6})
     fit = FitMemory(run)
     fit.trainer = type("Trainer", (), {"model_wrapped": model})()  # the one thing of a trainer that a stored plan needs
-    fit.on_train_begin(None, TrainerState(global_step=5, stateful_callbacks=[]), None)
+    args = types.SimpleNamespace(activation_checkpointing_kwargs=None)
+    fit.on_train_begin(args, TrainerState(global_step=5, stateful_callbacks=[]), None)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert [layer.gradient_checkpointing for layer in layers] == [True, True, True, False]
     assert (fit.plan.checkpointed, fit.plan.peak) == (3, 5)
