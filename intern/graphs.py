@@ -24,6 +24,14 @@ Work = Callable[[], None]
 Record = Callable[[Work, Work], tuple[Work, Work]]  # of a forward and a backward pass; what repeats them
 
 
+def can_stand_in(layers: Sequence[torch.nn.Module]) -> bool:
+    """Whether one layer's arguments are every layer's, and nothing in them is drawn at random: a recomputed draw would be another one."""
+    kinds = {(type(layer), getattr(layer, "attention_type", None)) for layer in layers}
+    parts = [part for layer in layers for part in layer.modules()]
+    draws = any(getattr(part, "attention_dropout", 0) for part in parts)
+    return len(kinds) == 1 and not draws and not any(isinstance(part, torch.nn.Dropout) and part.p for part in parts)
+
+
 class LayerGraphs:
     """Stands in for the forward passes of all layers but the last, wherever one row (or one pack of rows) trains.
 
@@ -61,13 +69,13 @@ class LayerGraphs:
         self._shapes.clear()
         self._rows = []
 
-    def _forward(self, index: int, layer: GradientCheckpointingLayer) -> Callable[..., torch.Tensor]:
-        def forward(hidden: torch.Tensor, **given: Any) -> torch.Tensor:
+    def _forward(self, index: int, layer: GradientCheckpointingLayer) -> Callable[..., Any]:
+        def forward(hidden: torch.Tensor, *more: Any, **given: Any) -> Any:
             if hidden is self._out:  # the first layer has computed for all
                 self._out = None if index == len(self.layers) - 1 else hidden
                 return hidden
-            if index or not self._takes(layer, hidden, given):
-                return _alone(layer, hidden, **given)
+            if index or more or not self._takes(layer, hidden, given):
+                return _alone(layer, hidden, *more, **given)
             out: torch.Tensor = _Replayed.apply(self._anchor, hidden, self._shape(hidden, given), given)
             self._out = out if len(self.layers) > 1 else None
             return out
@@ -101,16 +109,16 @@ class LayerGraphs:
                 self._rows = [hidden.new_zeros(1, self._most, hidden.shape[2]) for _ in range(3)]
             tensors = {name: _room(name, value, length, rows) for name, value in given.items() if _is_tensors(value)}
             others = {name: value for name, value in given.items() if name not in tensors}
-            others |= {name: min(length, self.longest_row) for name in others if name.startswith("max_length_")}
+            longest = min(length, max(self.longest_row, self._step))  # the filling is a row too
+            others |= {name: longest for name in others if name.startswith("max_length_")}
             run = functools.partial(_run, self.layers, others)
             rows_of_it = [tensor[:, :length] for tensor in self._rows]
             self._shapes[key] = _Shape(run, rows_of_it, tensors, self._sums, self._record)
         return self._shapes[key]
 
 
-def _alone(layer: Any, hidden: torch.Tensor, **given: Any) -> torch.Tensor:
-    out: torch.Tensor = type(layer).forward(layer, hidden, **given)
-    return out
+def _alone(layer: Any, hidden: torch.Tensor, *more: Any, **given: Any) -> Any:
+    return type(layer).forward(layer, hidden, *more, **given)
 
 
 def _run(
@@ -119,16 +127,21 @@ def _run(
     hidden: torch.Tensor,
     tensors: dict[str, Any],
 ) -> torch.Tensor:
-    again: Any = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # reading it is no kernel
     device = hidden.device.type
     dtype, is_on = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    # A cast that autocast has kept from before would stand for the weights of that time for ever.
-    with torch.autocast(device, dtype, is_on, cache_enabled=False):
-        for layer in layers:
-            usual = getattr(layer, "_gradient_checkpointing_func", None)
-            setattr(layer, "_gradient_checkpointing_func", again)  # noqa: B010
-            hidden = _alone(layer, hidden, **others, **tensors)
-            setattr(layer, "_gradient_checkpointing_func", usual)  # noqa: B010
+    again: Any = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # reading it is no kernel
+    usual = [getattr(layer, "_gradient_checkpointing_func", None) for layer in layers]
+    try:
+        # A cast that autocast has kept from before would stand for the weights of that time for ever.
+        with torch.autocast(device, dtype, is_on, cache_enabled=False):
+            for layer in layers:
+                setattr(layer, "_gradient_checkpointing_func", again)  # noqa: B010
+                hidden = _alone(layer, hidden, **others, **tensors)
+                if not isinstance(hidden, torch.Tensor):
+                    raise RuntimeError(f"{type(layer).__name__} returns more than hidden states")
+    finally:
+        for layer, its in zip(layers, usual, strict=True):
+            setattr(layer, "_gradient_checkpointing_func", its)  # noqa: B010
     return hidden
 
 

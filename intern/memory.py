@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from intern.errors import RunError
-from intern.graphs import LayerGraphs
+from intern.graphs import LayerGraphs, can_stand_in
 from intern.layers import decoder_layers
 from intern.linear import pack_weights, unpack_weights
 from intern.offload import offload_inputs, tile_mlps
@@ -235,7 +235,8 @@ class FitMemory(TrainerCallback):
         """Takes CUDA graphs where they pay in the batches that are left; the seconds that an ordinary batch takes in the end."""
         alone = self.plan
         assert alone is not None
-        if not self.cuda_graphs or alone.offloaded or self.trainer.accelerator.num_processes > 1:
+        possible = self.cuda_graphs and not alone.offloaded and can_stand_in(self._layers)
+        if not possible or self.trainer.accelerator.num_processes > 1:
             return probe.timed(ordinary)[0]
         probe.timed(ordinary)
         seconds, expected = probe.timed(ordinary)

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from intern.attention import register
-from intern.graphs import LayerGraphs
+from intern.graphs import LayerGraphs, can_stand_in
 
 PACKS = ([30, 20, 50], [100], [7], [1, 1, 60, 9, 9, 9, 9, 9, 9, 9])  # lengths of the rows in each batch
 
@@ -107,6 +107,19 @@ def test_what_stands_behind_a_row_changes_nothing():
     assert torch.equal(model(**batch([7])).loss, first)
 
 
+def test_no_row_is_longer_than_the_kernels_are_told():
+    model = adapted()
+    graphed(model, most=800, longest=50)  # lengths in steps of 128: the filling is one more row, of up to 127 tokens
+    told = []
+    layers(model)[1].self_attn.register_forward_pre_hook(
+        lambda module, args, given: told.append((given["cu_seq_lens_q"].diff().max().item(), given["max_length_q"])),
+        with_kwargs=True,
+    )
+    model(**batch([50, 50, 30])).loss.backward()
+    assert told[0][0] == 126
+    assert all(longest <= most for longest, most in told)
+
+
 def test_gradients_from_elsewhere_are_kept():
     batches = [batch([30]), batch([20])]
     model = adapted()
@@ -146,6 +159,27 @@ def test_every_other_pass_is_the_layers_own(case):
         found = model(**rows).loss
     assert torch.allclose(found, expected, atol=1e-6)
     assert not calls
+
+
+@pytest.mark.parametrize("case", ["alike", "lora dropout", "attention dropout", "another kind of attention"])
+def test_layers_that_differ_or_draw_at_random_are_left_alone(case):
+    model = adapted()
+    if case == "lora dropout":
+        layers(model)[1].self_attn.q_proj.lora_dropout["default"] = torch.nn.Dropout(0.1)
+    if case == "attention dropout":
+        layers(model)[2].self_attn.attention_dropout = 0.1
+    if case == "another kind of attention":
+        layers(model)[3].attention_type = "sliding_attention"
+    assert can_stand_in(layers(model)) == (case == "alike")
+
+
+def test_layers_that_return_more_than_hidden_states_say_so():
+    model = adapted()
+    kind = type("Talkative", (type(layers(model)[0]),), {"forward": lambda layer, hidden, **given: (hidden, None)})
+    layers(model)[0].__class__ = kind
+    graphed(model)
+    with pytest.raises(RuntimeError, match="Talkative returns more than hidden states"):
+        model(**batch([40]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA GPU")
