@@ -29,7 +29,7 @@ from intern.packing import build_collator, pack
 from intern.plot import plot_lengths
 from intern.precision import Precision
 from intern.prompt import IGNORED, Prompt
-from intern.rules import check_values
+from intern.rules import Shape, batches_need_no_padding, check_values
 from intern.run import Run
 from intern.tokenview import Preview, Segment, ShownBatch, ShownRow, page, pieces, plain_rows, show_rows
 from intern.trainer import build_training_args
@@ -109,7 +109,10 @@ def prepare(cfg: DictConfig) -> Material:
     golden_rows = read_rows(golden_file, needs_material=data.context != "never") if golden_file is not None else None
     if len(train_rows) < _LONG_DATA:
         datasets.disable_progress_bars()
-    tokenizer = Base(cfg.model).tokenizer()
+    base = Base(cfg.model)
+    tokenizer = base.tokenizer()
+    if not args.packing and args.per_device_train_batch_size > 1:  # else there is no need to build the model's modules
+        args.padding_free = batches_need_no_padding(plain(cfg), Shape(base.config, base.skeleton, tokenizer))
     prompt = Prompt.from_tokenizer(tokenizer, data.system_prompt, data.context)
     length = int(args.max_length or 0)
     train = tokenize(train_rows, tokenizer, prompt, length, data.num_proc, train_file.path.name)

@@ -37,7 +37,7 @@ from intern.precision import Precision, plan_training
 from intern.prompt import Prompt
 from intern.quant import build_quant
 from intern.resume import Carried, check_same, goes_on_longer, tell_changes
-from intern.rules import Shape, check_shape, check_values
+from intern.rules import Shape, batches_need_no_padding, check_shape, check_values
 from intern.run import SCHEMA_VERSION, Run
 from intern.scoring import token_f1
 from intern.tracking import Tracker, check_logger, tracking
@@ -162,7 +162,9 @@ def _plan(cfg: DictConfig, run: Run) -> Plan:
     base = Base(cfg.model)
     base.check_fit(quant, precision)
     tokenizer = base.tokenizer()
-    check_shape(values, Shape(base.config, base.skeleton, tokenizer), lora)
+    shape = Shape(base.config, base.skeleton, tokenizer)
+    check_shape(values, shape, lora)
+    args.padding_free = args.padding_free or batches_need_no_padding(values, shape)
     prompt = Prompt.from_tokenizer(tokenizer, data.system_prompt, data.context)
     train_rows = read_rows(train_file, needs_material=data.context != "never")
     eval_rows = read_rows(eval_file, needs_material=data.context != "never") if eval_file is not None else None

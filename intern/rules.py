@@ -313,8 +313,17 @@ def packed_rows_can_be_kept_apart(cfg: Groups, shape: Shape, lora: LoraConfig) -
 
     With "isolated" the kernels get the rows' boundaries; sdpa, eager and flex get a mask that transformers makes from the positions.
     """
-    if not cfg["trainer"].get("packing"):
-        return None
+    return _why_rows_mix(cfg, shape) if cfg["trainer"].get("packing") else None
+
+
+def batches_need_no_padding(cfg: Groups, shape: Shape) -> bool:
+    """Whether the rows of an unpacked batch can lie one behind the other: by the kernels that keep packed rows apart."""
+    trainer = cfg["trainer"]
+    several = not trainer.get("packing") and trainer.get("per_device_train_batch_size", 8) > 1
+    return several and cfg["model"].get("attn_implementation") == ISOLATED and _why_rows_mix(cfg, shape) is None
+
+
+def _why_rows_mix(cfg: Groups, shape: Shape) -> str | None:
     text = shape.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
     remedy = "take trainer.packing=false"

@@ -111,8 +111,6 @@ def build_training_args(node: DictConfig, run: Run, precision: Precision, seed: 
         # Rows come tokenized and cut to length; only packing is TRL's to do.
         "dataset_kwargs": {"skip_prepare_dataset": not values.get("packing", False)},
     }
-    if not values.get("packing") and values.get("per_device_train_batch_size", 8) != 1:
-        values["padding_free"] = True  # the rows of a batch one behind the other, kept apart like those of a pack
     args = build(SFTConfig, values, "trainer")
     args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU: nn.DataParallel cannot train what TRL patches
     return args

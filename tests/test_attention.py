@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import intern.attention
-from intern.attention import register
+from intern.attention import isolated_attention, register
 from intern.model import Base
 
 LENGTHS = (7, 33, 1, 18, 50)
@@ -101,6 +101,17 @@ def test_a_changed_row_never_changes_its_neighbours(model, device):
         True,
         True,
     ]
+
+
+def test_numbers_that_autocast_left_wide_are_narrowed():
+    """In a float32 model the rotation gives float32 queries and keys, and the values stay as autocast made them."""
+    query, key, value = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    boundaries = torch.tensor([0, 2, 5], dtype=torch.int32)
+    packed_rows = {"cu_seq_lens_q": boundaries, "max_length_q": 3}
+    out, _ = isolated_attention(torch.nn.Identity(), query, key, value.bfloat16(), None, **packed_rows)
+    whole, _ = isolated_attention(torch.nn.Identity(), query, key, value, None, **packed_rows)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), whole, atol=0.05, rtol=0.05)
 
 
 def test_no_mask_is_made_for_a_packed_batch(model, device, monkeypatch):

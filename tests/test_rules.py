@@ -187,3 +187,30 @@ def test_the_attentions_that_packing_is_allowed_with_keep_rows_apart(attention):
         ).logits.split([5, 9, 3], dim=1)
         for row, logits in zip(rows, packed, strict=True):
             assert torch.allclose(model(input_ids=row, use_cache=False).logits, logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "without"),
+    [
+        ("LlamaConfig", {}, True),
+        ("LlamaConfig", {"packing": True}, False),  # packs have none anyway
+        ("LlamaConfig", {"per_device_train_batch_size": 1}, False),
+        ("LlamaConfig", {"attn_implementation": "sdpa"}, False),  # its mask would be the whole batch long and wide
+        ("MistralConfig", {"sliding_window": 512}, False),
+        ("BloomConfig", {}, False),  # has no positions to tell rows apart by
+        ("Mamba2Config", {}, False),  # carries state along
+    ],
+)
+def test_unpacked_batches_lie_end_to_end_only_where_rows_stay_apart(kind, changes, without):
+    small = SMALL | ({"sliding_window": changes["sliding_window"]} if "sliding_window" in changes else {})
+    if kind == "Mamba2Config":
+        small = {"num_hidden_layers": 1, "hidden_size": 32, "num_heads": 4, "head_dim": 16, "vocab_size": 64}
+    config = getattr(transformers, kind)(**small)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    trainer = {"packing": False, "per_device_train_batch_size": 4, "max_length": 1024}
+    cfg = {
+        "model": {"attn_implementation": changes.get("attn_implementation", "isolated")},
+        "trainer": {name: changes.get(name, value) for name, value in trainer.items()},
+    }
+    assert rules.batches_need_no_padding(cfg, rules.Shape(config, model, None)) == without
