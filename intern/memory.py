@@ -134,9 +134,8 @@ class FitMemory(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = self.trainer.model_wrapped
-        self._layers = decoder_layers(model)
-        self._detach_embeddings(model, args)
+        self._layers = decoder_layers(self.trainer.model)
+        self._detach_embeddings(args)
         before = None
         # What recomputes decides how sums round: a run that goes on must not differ.
         if state.global_step and self.run.memory.is_file():
@@ -159,12 +158,12 @@ class FitMemory(TrainerCallback):
         pack_weights(self.trainer.model)  # scoring and sample answers take other memory
         torch.cuda.empty_cache()
 
-    def _detach_embeddings(self, model: Any, args: TrainingArguments) -> None:
+    def _detach_embeddings(self, args: TrainingArguments) -> None:
         """Takes back that the libraries ask for gradients of frozen embeddings: nobody reads them, and they take memory and time.
 
         The reentrant form of checkpointing, which is why they do so, is not used unless trainer.activation_checkpointing_kwargs asks for it.
         """
-        embeddings = model.get_input_embeddings()
+        embeddings = self.trainer.model.get_input_embeddings()
         is_trained = any(parameter.requires_grad for parameter in embeddings.parameters())
         form: Any = args.activation_checkpointing_kwargs or {}
         if not is_trained and not form.get("use_reentrant"):

@@ -126,9 +126,7 @@ def test_cuda_graphs_are_taken_where_they_pay_fit_and_agree(told, steps, replaye
         per_device_train_batch_size=1, gradient_accumulation_steps=2, activation_checkpointing_kwargs=None
     )
     accelerator = types.SimpleNamespace(num_processes=1)
-    fit.trainer = types.SimpleNamespace(
-        model=model, model_wrapped=model, train_dataset=rows, args=args, accelerator=accelerator
-    )
+    fit.trainer = types.SimpleNamespace(model=model, train_dataset=rows, args=args, accelerator=accelerator)
     made = []
 
     class Graphs:
@@ -162,7 +160,7 @@ def test_frozen_embeddings_are_asked_for_no_gradient(case, tmp_path, monkeypatch
     model.layers[0].register_forward_pre_hook(lambda layer, given: seen.append(given[0].requires_grad))
     fit = FitMemory(Run(tmp_path))
     fit.run.write_json(fit.run.memory, {"layers": 2, "checkpointed": 1, "peak": 5, "budget": 6})
-    fit.trainer = types.SimpleNamespace(model=model, model_wrapped=model)
+    fit.trainer = types.SimpleNamespace(model=model)
     args = types.SimpleNamespace(activation_checkpointing_kwargs={"use_reentrant": True} if case == "reentrant" else {})
     state = TrainerState(global_step=5, stateful_callbacks=[])
     ids = torch.arange(6)[None]

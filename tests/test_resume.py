@@ -147,7 +147,7 @@ def test_the_memory_plan_of_a_run_is_repeated_and_not_measured_again(tmp_path):
     run = Run(tmp_path)
     run.write_json(run.memory, {"layers": 4, "checkpointed": 3, "peak": 5, "budget": 6})
     fit = FitMemory(run)
-    fit.trainer = type("Trainer", (), {"model_wrapped": model})()  # the one thing of a trainer that a stored plan needs
+    fit.trainer = type("Trainer", (), {"model": model})()  # the one thing of a trainer that a stored plan needs
     args = types.SimpleNamespace(activation_checkpointing_kwargs=None)
     fit.on_train_begin(args, TrainerState(global_step=5, stateful_callbacks=[]), None)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
