@@ -35,6 +35,9 @@ _RESERVE = 0.1  # of the memory: stays free before weights are unpacked; with le
 _PIECE = 4096  # tokens that an MLP takes at a time where rows go in pieces
 _SHORTEST = 256  # tokens to which rows are cut in search of what fits
 _HELD = 0.03  # of the memory: stays free of what is held with CUDA graphs, fragments included
+_LAUNCHING = (
+    0.025  # seconds a layer; Python launches its kernels in 6 to 12 ms, so a batch that takes longer waits for the GPU
+)
 _RECORDINGS = 8  # shapes that are recorded in a run, or fewer
 _SAME_LOSS = 0.01  # of the loss: what rounding may change
 _GIB = 2**30
@@ -234,11 +237,14 @@ class FitMemory(TrainerCallback):
         """Takes CUDA graphs where they pay in the batches that are left; the seconds that an ordinary batch takes in the end."""
         alone = self.plan
         assert alone is not None
-        possible = self.cuda_graphs and not alone.offloaded and can_stand_in(self._layers)
-        if not possible or self.trainer.accelerator.num_processes > 1:
-            return probe.timed(ordinary)[0]
-        probe.timed(ordinary)
         seconds, expected = probe.timed(ordinary)
+        possible = self.cuda_graphs and not alone.offloaded and can_stand_in(self._layers)
+        # Recording is a batch's work twice.
+        if not possible or left <= 2 * _RECORDINGS or self.trainer.accelerator.num_processes > 1:
+            return seconds
+        seconds, expected = probe.timed(ordinary)  # by now everything is warm
+        if seconds > _LAUNCHING * len(self._layers):
+            return seconds
         try:
             self._take(replace(alone, replayed=True))
             recording, _ = probe.timed(batch)
