@@ -182,6 +182,7 @@ def test_layers_that_return_more_than_hidden_states_say_so():
         model(**batch([40]))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA GPU")
 def test_recorded_on_a_gpu():
     batches = [batch(lengths, "cuda") for lengths in PACKS]
