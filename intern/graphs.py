@@ -113,7 +113,10 @@ class LayerGraphs:
             others |= {name: longest for name in others if name.startswith("max_length_")}
             run = functools.partial(_run, self.layers, others)
             rows_of_it = [tensor[:, :length] for tensor in self._rows]
-            self._shapes[key] = _Shape(run, rows_of_it, tensors, self._sums, self._record)
+            shape = _Shape(run, rows_of_it, tensors, self._sums)
+            shape.take(hidden, given)
+            shape.record(self._record)
+            self._shapes[key] = shape
         return self._shapes[key]
 
 
@@ -213,7 +216,6 @@ class _Shape:
         rows: Sequence[torch.Tensor],
         tensors: dict[str, Any],
         sums: _Sums,
-        record: Record,
     ) -> None:
         self.hidden, self.out, self.gradient = rows
         self.tensors = tensors
@@ -221,7 +223,18 @@ class _Shape:
         self._run = run
         self._end: torch.Tensor | None = None
         self._waits: weakref.ref[_Waits] | None = None
-        self.gradient.zero_()  # recording may run it once
+        self.forward: Work = self._pass_forward
+        self.backward: Work = self._pass_backward
+
+    def take(self, hidden: torch.Tensor, given: dict[str, Any]) -> None:
+        """Copies a batch to where the passes read it."""
+        _fill(self.hidden, hidden)
+        for name, room in self.tensors.items():
+            _fill(room, given[name])
+
+    def record(self, record: Record) -> None:
+        """From now on the passes are replayed. Recording may run them, so a batch must be there; its gradient counts as zero."""
+        self.gradient.zero_()
         self.forward, self.backward = record(self._pass_forward, self._pass_backward)
 
     def is_open(self) -> bool:
@@ -256,9 +269,7 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, hidden: torch.Tensor, shape: _Shape, given: dict[str, Any]) -> Any:
-        _fill(shape.hidden, hidden)
-        for name, room in shape.tensors.items():
-            _fill(room, given[name])
+        shape.take(hidden, given)
         shape.forward()
         ctx.shape, ctx.waits, ctx.length = shape, shape.open(), hidden.shape[1]
         return shape.out[:, : hidden.shape[1]]
