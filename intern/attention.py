@@ -56,10 +56,8 @@ def isolated_attention(
             key, value = repeat_kv(key, groups), repeat_kv(value, groups)
             module = torch.nn.Identity()
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    query, key = (
-        query.to(value.dtype),
-        key.to(value.dtype),
-    )  # under autocast, rotation makes them float32 in a float32 model
+    # Under autocast, rotation makes these two float32 in a float32 model.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if query.device.type == "cpu":
         return _row_by_row(query, repeat_kv(key, groups), repeat_kv(value, groups), boundaries, scaling), None
     longest = int(kwargs["max_length_q"])

@@ -111,8 +111,9 @@ def prepare(cfg: DictConfig) -> Material:
         datasets.disable_progress_bars()
     base = Base(cfg.model)
     tokenizer = base.tokenizer()
-    if not args.packing and args.per_device_train_batch_size > 1:  # else there is no need to build the model's modules
-        args.padding_free = batches_need_no_padding(plain(cfg), Shape(base.config, base.skeleton, tokenizer))
+    args.padding_free = args.padding_free or batches_need_no_padding(
+        plain(cfg), lambda: Shape(base.config, base.skeleton, tokenizer)
+    )
     prompt = Prompt.from_tokenizer(tokenizer, data.system_prompt, data.context)
     length = int(args.max_length or 0)
     train = tokenize(train_rows, tokenizer, prompt, length, data.num_proc, train_file.path.name)

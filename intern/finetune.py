@@ -164,7 +164,7 @@ def _plan(cfg: DictConfig, run: Run) -> Plan:
     tokenizer = base.tokenizer()
     shape = Shape(base.config, base.skeleton, tokenizer)
     check_shape(values, shape, lora)
-    args.padding_free = args.padding_free or batches_need_no_padding(values, shape)
+    args.padding_free = args.padding_free or batches_need_no_padding(values, lambda: shape)
     prompt = Prompt.from_tokenizer(tokenizer, data.system_prompt, data.context)
     train_rows = read_rows(train_file, needs_material=data.context != "never")
     eval_rows = read_rows(eval_file, needs_material=data.context != "never") if eval_file is not None else None

@@ -35,9 +35,7 @@ _RESERVE = 0.1  # of the memory: stays free before weights are unpacked; with le
 _PIECE = 4096  # tokens that an MLP takes at a time where rows go in pieces
 _SHORTEST = 256  # tokens to which rows are cut in search of what fits
 _HELD = 0.03  # of the memory: stays free of what is held with CUDA graphs, fragments included
-_LAUNCHING = (
-    0.025  # seconds a layer; Python launches its kernels in 6 to 12 ms, so a batch that takes longer waits for the GPU
-)
+_LAUNCHING = 0.025  # seconds a layer: Python launches its kernels in 6 to 12 ms, so beyond this the GPU is waited for
 _RECORDINGS = 8  # shapes that are recorded in a run, or fewer
 _SAME_LOSS = 0.01  # of the loss: what rounding may change
 _GIB = 2**30
@@ -305,13 +303,13 @@ class FitMemory(TrainerCallback):
         if wanted.unpacked != (now.unpacked if now else 0):
             pack_weights(self.trainer.model)
             wanted = replace(wanted, unpacked=unpack_weights(self.trainer.model, wanted.unpacked))
-        if self._graphs is not None and (replace(wanted, peak=0) != replace(now, peak=0) if now else True):
+        if self._graphs is not None and now is not None and replace(wanted, peak=now.peak) != now:
             self._graphs.remove()
             self._graphs = None
         if wanted.replayed and self._graphs is None:
-            lengths = [len(ids) for ids in self.trainer.train_dataset["input_ids"]]
-            most = sum(sorted(lengths)[-self.trainer.args.per_device_train_batch_size :])
-            self._graphs = LayerGraphs(self._layers, most, max(lengths))
+            batch = largest(self.trainer.train_dataset, self.trainer.args.per_device_train_batch_size)
+            lengths = [len(row["input_ids"]) for row in batch]
+            self._graphs = LayerGraphs(self._layers, sum(lengths), max(lengths))
         self.plan = wanted
         return wanted
 

@@ -46,11 +46,8 @@ class Probe:
 
     def peak(self, rows: list[dict[str, Any]]) -> int | None:
         """Bytes at the peak of a step on these rows; None where memory ran out."""
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
         try:
-            self._step(rows)
-            self._evaluate()
+            self._whole_step(rows)
         except torch.cuda.OutOfMemoryError:
             return None
         finally:
@@ -59,10 +56,7 @@ class Probe:
 
     def held(self, rows: list[dict[str, Any]]) -> int:
         """Bytes that a step holds: what CUDA graphs keep for their next replay counts here, and not as allocated."""
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        self._step(rows)
-        self._evaluate()
+        self._whole_step(rows)
         return torch.cuda.max_memory_reserved()
 
     def timed(self, rows: list[dict[str, Any]]) -> tuple[float, float]:
@@ -72,6 +66,13 @@ class Probe:
         loss = self._pass(rows)
         torch.cuda.synchronize()
         return time.monotonic() - start, loss
+
+    def _whole_step(self, rows: list[dict[str, Any]]) -> None:
+        """With an evaluation after it; peaks count from its beginning."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self._step(rows)
+        self._evaluate()
 
     def _step(self, rows: list[dict[str, Any]]) -> None:
         if (

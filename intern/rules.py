@@ -316,11 +316,14 @@ def packed_rows_can_be_kept_apart(cfg: Groups, shape: Shape, lora: LoraConfig) -
     return _why_rows_mix(cfg, shape) if cfg["trainer"].get("packing") else None
 
 
-def batches_need_no_padding(cfg: Groups, shape: Shape) -> bool:
-    """Whether the rows of an unpacked batch can lie one behind the other: by the kernels that keep packed rows apart."""
+def batches_need_no_padding(cfg: Groups, shape: Callable[[], Shape]) -> bool:
+    """Whether the rows of an unpacked batch can lie one behind the other: by the kernels that keep packed rows apart.
+
+    The model's shape is asked for only where the values leave that open.
+    """
     trainer = cfg["trainer"]
     several = not trainer.get("packing") and trainer.get("per_device_train_batch_size", 8) > 1
-    return several and cfg["model"].get("attn_implementation") == ISOLATED and _why_rows_mix(cfg, shape) is None
+    return several and cfg["model"].get("attn_implementation") == ISOLATED and _why_rows_mix(cfg, shape()) is None
 
 
 def _why_rows_mix(cfg: Groups, shape: Shape) -> str | None:

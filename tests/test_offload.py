@@ -3,9 +3,9 @@
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import intern.offload
+from intern.layers import decoder_layers
 from intern.offload import _Host, offload_inputs, tile_mlps
 
 
@@ -17,7 +17,7 @@ def model_and_layers():
     model = LlamaForCausalLM(config).train()
     model.model.embed_tokens.requires_grad_(False)  # as under LoRA: the first layer's input needs no gradient
     model.gradient_checkpointing_enable()
-    return model, [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return model, decoder_layers(model)
 
 
 def loss_and_gradients(model):
@@ -66,6 +66,5 @@ def test_pieces_are_no_longer_than_asked_and_computed_twice_as_a_checkpointed_la
     offload_inputs(layers)
     tile_mlps(layers, 8)
     loss_and_gradients(model)
-    assert sorted(lengths) == 2 * 3 * [4] + 2 * 3 * 2 * [
-        8
-    ]  # three layers of rows of 8 + 8 + 4 tokens, forward and once more
+    # Three layers of rows of 8 + 8 + 4 tokens, forward and once more.
+    assert sorted(lengths) == 2 * 3 * [4] + 2 * 3 * 2 * [8]

@@ -219,10 +219,8 @@ def test_what_is_shown_is_what_the_trainers_collator_gives(packing, tmp_path):
     batch = theirs([trainer.train_dataset[0], trainer.train_dataset[1]])
     again = ours([material.packs[0], material.packs[1]])
     assert batch.keys() == again.keys()
-    assert batch["input_ids"].shape == (
-        1,
-        sum(len(trainer.train_dataset[row]["input_ids"]) for row in (0, 1)),
-    )  # no padding
+    tokens = sum(len(trainer.train_dataset[row]["input_ids"]) for row in (0, 1))
+    assert batch["input_ids"].shape == (1, tokens)  # no padding
     assert plan.args.max_length == 300
     assert all(np.array_equal(batch[key], again[key]) for key in batch)
     # Every token of a shown row stands in the batch that the trainer makes of it, at the place that is shown, with the same loss.

@@ -139,8 +139,8 @@ def test_a_run_whose_checkpoint_a_full_disk_cut_short_takes_the_one_before(half,
 
 def test_the_memory_plan_of_a_run_is_repeated_and_not_measured_again(tmp_path):
     from transformers import LlamaConfig, LlamaModel, TrainerState
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
+    from intern.layers import decoder_layers
     from intern.memory import FitMemory
 
     model = LlamaModel(LlamaConfig(num_hidden_layers=4, hidden_size=8, num_attention_heads=2, vocab_size=10))
@@ -150,8 +150,7 @@ def test_the_memory_plan_of_a_run_is_repeated_and_not_measured_again(tmp_path):
     fit.trainer = type("Trainer", (), {"model": model})()  # the one thing of a trainer that a stored plan needs
     args = types.SimpleNamespace(activation_checkpointing_kwargs=None)
     fit.on_train_begin(args, TrainerState(global_step=5, stateful_callbacks=[]), None)
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    assert [layer.gradient_checkpointing for layer in layers] == [True, True, True, False]
+    assert [layer.gradient_checkpointing for layer in decoder_layers(model)] == [True, True, True, False]
     assert (fit.plan.checkpointed, fit.plan.peak) == (3, 5)
 
 

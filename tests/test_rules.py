@@ -213,4 +213,4 @@ def test_unpacked_batches_lie_end_to_end_only_where_rows_stay_apart(kind, change
         "model": {"attn_implementation": changes.get("attn_implementation", "isolated")},
         "trainer": {name: changes.get(name, value) for name, value in trainer.items()},
     }
-    assert rules.batches_need_no_padding(cfg, rules.Shape(config, model, None)) == without
+    assert rules.batches_need_no_padding(cfg, lambda: rules.Shape(config, model, None)) == without
