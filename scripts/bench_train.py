@@ -5,8 +5,14 @@ LoRA shape and memory cap, each system in a process of its own. Prints one table
 
 A setting is SYSTEM and flags, such as ours:pack:auto:liger, trl:batch=8:ckpt or unsloth:pack. Systems: ours, trl, unsloth. Flags:
 batch=N, pack, ckpt (every layer checkpointed; ours and Unsloth's keep the layers' inputs in host memory), auto (ours: as many layers as
-the memory demands, measured), eager (ours: no CUDA graphs), liger (ours: Triton layers), cache=FOLDER (ours: the quantized base is kept there, and read from there the
-second time), optim=NAME (transformers' name, paged_adamw_8bit by default).
+the memory demands, measured), eager (ours: no CUDA graphs), liger (ours: Triton layers), cache=FOLDER (ours: the quantized base is kept
+there, and read from there the second time), optim=NAME (transformers' name, paged_adamw_8bit by default), length=N, rank=N and full
+(every row has that length), where a setting differs from --length, --rank and --full-rows.
+
+With --one-process, where imports are no part of a setting's first step, the plot shows what a step costs:
+
+    python scripts/bench_train.py CHECKPOINT --one-process --steps 6 --warmup 2 --plot cost.png \\
+        ours:auto:liger:full:length=512 ours:auto:liger:full:length=2048 ours:auto:liger:full:batch=8:rank=64
 """
 
 import argparse
@@ -45,9 +51,8 @@ def random_rows(
     return rows
 
 
-def train(setting: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One setting, measured: called in a process of its own."""
-    started = psutil.Process().create_time()
+def train(setting: str, args: argparse.Namespace, started: float) -> dict[str, Any]:
+    """One setting, measured; `started` is the time from which its first step counts."""
     system, *flags = setting.split(":")
     packing, checkpointing = "pack" in flags, "ckpt" in flags
     named = dict(flag.split("=", 1) for flag in flags if "=" in flag)
@@ -176,6 +181,7 @@ def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: A
     from intern.model import Base
     from intern.precision import Precision
     from intern.quant import build_quant
+    from intern.rules import Shape, batches_need_no_padding
     from intern.trainer import InternTrainer, StepRules
 
     node = {"pretrained_model_name_or_path": str(args.checkpoint), "attn_implementation": "isolated"}
@@ -183,8 +189,8 @@ def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: A
     quant = build_quant(OmegaConf.create(_quantization(dtype)))
     device = "cpu" if common["use_cpu"] else "cuda"
     model = base.load(quant, Precision(device, dtype, common["fp16"], common["bf16"]))
-    if not common["packing"] and common["per_device_train_batch_size"] > 1:  # as the product does
-        common["padding_free"] = True
+    shape = Shape(base.config, base.skeleton, tokenizer)
+    common["padding_free"] = batches_need_no_padding({"model": node, "trainer": common}, lambda: shape)
     config = SFTConfig(
         **common,
         activation_checkpointing=checkpointing,
@@ -269,7 +275,7 @@ def measure(setting: str, arguments: list[str], site: str | None) -> dict[str, A
 def measure_here(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     """Runs one setting in this process: without the time for imports, and with what settings before it have warmed."""
     try:
-        return train(setting, args)
+        return train(setting, args, time.time())
     except Exception as error:  # the settings after it are worth measuring
         return {"setting": setting, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:120]}
     finally:
@@ -285,12 +291,14 @@ def plot(results: list[dict[str, Any]], target: Path, cost: bool) -> None:
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    if cost:
-        _plot_cost(axes, [one for one in results if "error" not in one])
-        figure.savefig(target)
-        return
+    (_plot_cost if cost else _plot_memory)(axes, [one for one in results if "error" not in one])
+    axes.grid(alpha=0.3, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(target)
+
+
+def _plot_memory(axes: Any, points: list[dict[str, Any]]) -> None:
     colors = {"ours": "#1f77b4", "unsloth": "#d62728", "trl": "#7f7f7f"}
-    points = [one for one in results if "error" not in one]
     for one in points:
         x, y = one["peak_gib"] or 0, one["tokens_per_second"]
         axes.plot(x, y, "o", color=colors[one["setting"].split(":")[0]], markersize=8)
@@ -299,9 +307,6 @@ def plot(results: list[dict[str, Any]], target: Path, cost: bool) -> None:
     axes.set_ylabel("tokens/s")
     axes.set_xlim(0, 1.3 * max(one["peak_gib"] or 1 for one in points))
     axes.set_ylim(0, 1.1 * max(one["tokens_per_second"] for one in points))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target)
 
 
 def _plot_cost(axes: Any, points: list[dict[str, Any]]) -> None:
@@ -324,8 +329,6 @@ def _plot_cost(axes: Any, points: list[dict[str, Any]]) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-    axes.grid(alpha=0.3, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -358,7 +361,7 @@ def main() -> None:
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
     if args.only:
-        print(json.dumps(train(args.only, args)))
+        print(json.dumps(train(args.only, args, psutil.Process().create_time())))
         return
     given = [text for text in sys.argv[1:] if text not in args.settings]
     results = []
