@@ -1,11 +1,13 @@
 """The offline W&B file of a run, read with W&B's own inspector."""
 
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import wandb
 from omegaconf import OmegaConf
 
 from intern.run import Run
@@ -18,9 +20,20 @@ def wandb_file(run):
 
 
 def inspect(run):
-    wandb = str(Path(sys.executable).with_name("wandb"))
-    line = [wandb, "leet", "inspect", "--summary", "--json", str(wandb_file(run))]
+    program = str(Path(sys.executable).with_name("wandb"))
+    line = [program, "leet", "inspect", "--summary", "--json", str(wandb_file(run))]
     return json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+
+
+@contextlib.contextmanager
+def written(run, sweep=None):
+    """A tracked run that is wholly on disk afterwards: W&B's helper process writes the end of its file on its own time."""
+    values = {"project": "intern", "log_adapter": False, "sample_answers": 0}
+    try:
+        with tracking(values, OmegaConf.create({}), Run(run), "abc123", sweep) as tracker:
+            yield tracker
+    finally:
+        wandb.teardown()  # waits until that process has ended
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +72,13 @@ def test_it_has_the_adapter_as_an_artifact(shown, trained_run):
 
 @pytest.mark.parametrize("sweep", ["ranks-42", None])
 def test_the_runs_of_a_sweep_have_its_name_as_their_group(tmp_path, sweep):
-    values = {"project": "intern", "log_adapter": False, "sample_answers": 0}
-    with tracking(values, OmegaConf.create({}), Run(tmp_path), "abc123", sweep):
+    with written(tmp_path, sweep):
         pass
     assert (b"ranks-42" in wandb_file(tmp_path).read_bytes()) is (sweep is not None)
 
 
 def test_a_crash_is_marked_as_one(tmp_path):
-    run = Run(tmp_path)
-    values = {"project": "intern", "log_adapter": False, "sample_answers": 0}
-    with pytest.raises(ZeroDivisionError), tracking(values, OmegaConf.create({}), run, "abc123", None) as tracker:
+    with pytest.raises(ZeroDivisionError), written(tmp_path) as tracker:
         tracker.log({"step": 1, "loss": 2.0})
         raise ZeroDivisionError
     shown = inspect(tmp_path)
