@@ -211,7 +211,9 @@ def _is_plain(layer: torch.nn.Module) -> bool:
 
 def _forward(siblings: _Siblings, index: int) -> Any:
     def forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not torch.is_grad_enabled() or args or kwargs or any(map(_is_off, siblings.layers)):
+        # Without gradients a layer is fused only in training: there a checkpointed layer's first pass asks for none.
+        is_trained = torch.is_grad_enabled() or layer.training
+        if not is_trained or args or kwargs or any(map(_is_off, siblings.layers)):
             return type(layer).forward(layer, x, *args, **kwargs)
         return siblings.output(index, x)
 

@@ -4,6 +4,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils.checkpoint import checkpoint
 
 from intern.linear import _Products, fuse_adapters, pack_weights, unpack_weights
 
@@ -81,6 +82,21 @@ def test_an_adapter_that_is_switched_off_is_off():
     assert torch.allclose(base, model.get_base_model()(x)) is False
     with torch.no_grad(), model.disable_adapter():
         assert torch.equal(base, model(x))
+
+
+def test_the_first_pass_of_a_checkpointed_layer_is_fused_too_and_an_evaluation_is_not(monkeypatch):
+    model = adapted()
+    fuse_adapters(model)
+    passes = []
+    real = _Products.apply
+    monkeypatch.setattr(_Products, "apply", lambda *given: (passes.append(torch.is_grad_enabled()), real(*given))[1])
+    x = torch.randn(2, 7, 128, requires_grad=True)
+    checkpoint(model, x, use_reentrant=True).sum().backward()
+    assert passes == [False, False, True, True]  # two layers: without gradients first
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    assert len(passes) == 4
 
 
 class Attention(torch.nn.Module):
