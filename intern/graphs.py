@@ -25,15 +25,14 @@ Record = Callable[[Work, Work], tuple[Work, Work]]  # of a forward and a backwar
 
 
 def can_stand_in(layers: Sequence[torch.nn.Module]) -> bool:
-    """Whether one layer's arguments are every layer's, and nothing in them is drawn at random: a recomputed draw would be another one."""
-    kinds = {(type(layer), getattr(layer, "attention_type", None)) for layer in layers}
-    parts = [part for layer in layers for part in layer.modules()]
-    draws = any(getattr(part, "attention_dropout", 0) for part in parts)
-    return len(kinds) == 1 and not draws and not any(isinstance(part, torch.nn.Dropout) and part.p for part in parts)
+    """Whether one layer's arguments are every layer's."""
+    return len({(type(layer), getattr(layer, "attention_type", None)) for layer in layers}) == 1
 
 
 class LayerGraphs:
     """Stands in for the forward passes of all layers but the last, wherever one row (or one pack of rows) trains.
+
+    Nothing in them may be drawn at random: a recomputed draw would be another one.
 
     Args:
         layers: a model's decoder layers, in their order.

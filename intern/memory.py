@@ -22,9 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from intern.errors import RunError
 from intern.graphs import LayerGraphs, can_stand_in
-from intern.layers import decoder_layers
+from intern.layers import decoder_layers, draws_at_random
 from intern.linear import pack_weights, unpack_weights
-from intern.offload import offload_inputs, tile_mlps
+from intern.offload import offload_inputs, recompute, tile_mlps
 from intern.probe import Probe, largest, usual
 from intern.run import Run
 
@@ -129,6 +129,7 @@ class FitMemory(TrainerCallback):
         self.trainer: Any = None  # set when it is built: it is built with its callbacks
         self.plan: MemoryPlan | None = None
         self._layers: list[GradientCheckpointingLayer] = []
+        self._draws = False  # whether something in them is drawn at random
         self._graphs: LayerGraphs | None = None
         self._detached: RemovableHandle | None = None
 
@@ -136,7 +137,11 @@ class FitMemory(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._layers = decoder_layers(self.trainer.model)
-        self._detach_embeddings(args)
+        self._draws = draws_at_random(self.trainer.model)
+        form: Any = args.activation_checkpointing_kwargs or {}
+        if not any(form.values()):  # another form was not asked for
+            recompute(self._layers, self._draws)
+            self._detach_embeddings()
         before = None
         # What recomputes decides how sums round: a run that goes on must not differ.
         if state.global_step and self.run.memory.is_file():
@@ -159,15 +164,10 @@ class FitMemory(TrainerCallback):
         pack_weights(self.trainer.model)  # scoring and sample answers take other memory
         torch.cuda.empty_cache()
 
-    def _detach_embeddings(self, args: TrainingArguments) -> None:
-        """Takes back that the libraries ask for gradients of frozen embeddings: nobody reads them, and they take memory and time.
-
-        The reentrant form of checkpointing, which is why they do so, is not used unless trainer.activation_checkpointing_kwargs asks for it.
-        """
+    def _detach_embeddings(self) -> None:
+        """Takes back that the libraries ask for gradients of frozen embeddings: nobody reads them, and they take memory and time."""
         embeddings = self.trainer.model.get_input_embeddings()
-        is_trained = any(parameter.requires_grad for parameter in embeddings.parameters())
-        form: Any = args.activation_checkpointing_kwargs or {}
-        if not is_trained and not form.get("use_reentrant"):
+        if not any(parameter.requires_grad for parameter in embeddings.parameters()):
             self._detached = embeddings.register_forward_hook(lambda module, given, out: out.detach())
 
     def _measure(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -236,7 +236,7 @@ class FitMemory(TrainerCallback):
         alone = self.plan
         assert alone is not None
         seconds, expected = probe.timed(ordinary)
-        possible = self.cuda_graphs and not alone.offloaded and can_stand_in(self._layers)
+        possible = self.cuda_graphs and not alone.offloaded and not self._draws and can_stand_in(self._layers)
         # Recording is a batch's work twice.
         if not possible or left <= 2 * _RECORDINGS or self.trainer.accelerator.num_processes > 1:
             return seconds
@@ -297,7 +297,7 @@ class FitMemory(TrainerCallback):
         for index, layer in enumerate(self._layers):
             layer.gradient_checkpointing = index < wanted.checkpointed
         if wanted.offloaded and not (now and now.offloaded):
-            offload_inputs(self._layers)
+            offload_inputs(self._layers, self._draws)
         if wanted.tiled and not (now and now.tiled):
             tile_mlps(self._layers, _PIECE)
         if wanted.unpacked != (now.unpacked if now else 0):

@@ -162,16 +162,11 @@ def test_every_other_pass_is_the_layers_own(case):
     assert not calls
 
 
-@pytest.mark.parametrize("case", ["alike", "lora dropout", "attention dropout", "another kind of attention"])
-def test_layers_that_differ_or_draw_at_random_are_left_alone(case):
+def test_layers_that_differ_are_left_alone():
     model = adapted()
-    if case == "lora dropout":
-        layers(model)[1].self_attn.q_proj.lora_dropout["default"] = torch.nn.Dropout(0.1)
-    if case == "attention dropout":
-        layers(model)[2].self_attn.attention_dropout = 0.1
-    if case == "another kind of attention":
-        layers(model)[3].attention_type = "sliding_attention"
-    assert can_stand_in(layers(model)) == (case == "alike")
+    assert can_stand_in(layers(model))
+    layers(model)[3].attention_type = "sliding_attention"
+    assert not can_stand_in(layers(model))
 
 
 def test_layers_that_return_more_than_hidden_states_say_so():

@@ -122,10 +122,15 @@ class Told:
         ({"error": torch.OutOfMemoryError("full")}, 100, False),
         ({"error": RuntimeError("operation not permitted when stream is capturing")}, 100, False),
         ({"peak": 11 * GIB}, 100, True),  # with weights unpacked into what is left
+        ({"dropout": 0.1}, 100, None),  # a recorded draw would be repeated
     ],
 )
 def test_cuda_graphs_are_taken_where_they_pay_fit_and_agree(told, steps, replayed, tmp_path, monkeypatch):
-    model = LlamaModel(LlamaConfig(num_hidden_layers=4, hidden_size=8, num_attention_heads=2, vocab_size=10))
+    told = {"dropout": 0.0} | told
+    config = LlamaConfig(
+        num_hidden_layers=4, hidden_size=8, num_attention_heads=2, vocab_size=10, attention_dropout=told.pop("dropout")
+    )
+    model = LlamaModel(config)
     fit = FitMemory(Run(tmp_path))
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in (5, 9, 7)]})
     args = types.SimpleNamespace(
@@ -156,8 +161,10 @@ def test_cuda_graphs_are_taken_where_they_pay_fit_and_agree(told, steps, replaye
 
 
 @pytest.mark.parametrize("case", ["frozen", "trained", "reentrant"])
-def test_frozen_embeddings_are_asked_for_no_gradient(case, tmp_path, monkeypatch):
+def test_layers_run_again_in_our_own_form_and_frozen_embeddings_are_asked_for_no_gradient(case, tmp_path, monkeypatch):
     model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10)).train()
+    model.gradient_checkpointing_enable()
+    theirs = model.layers[0]._gradient_checkpointing_func
     model.embed_tokens.requires_grad_(case == "trained")
     if case != "trained":
         model.enable_input_require_grads()  # as TRL does, and the trainer once more
@@ -172,6 +179,7 @@ def test_frozen_embeddings_are_asked_for_no_gradient(case, tmp_path, monkeypatch
     ids = torch.arange(6)[None]
     model(input_ids=ids)
     fit.on_train_begin(args, state, None)
+    assert (model.layers[0]._gradient_checkpointing_func is theirs) == (case == "reentrant")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     for layer in model.layers:
         layer.gradient_checkpointing = False

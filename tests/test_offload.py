@@ -1,18 +1,24 @@
-"""Layer inputs in host memory and MLPs in pieces: the same loss and gradients with less kept."""
+"""Layers that run again, inputs in host memory, MLPs in pieces: the same loss and gradients with less kept."""
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import intern.offload
-from intern.layers import decoder_layers
-from intern.offload import _Host, offload_inputs, tile_mlps
+from intern.layers import decoder_layers, draws_at_random
+from intern.offload import _Host, offload_inputs, recompute, tile_mlps
 
 
-def model_and_layers():
+def model_and_layers(**config):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, use_cache=False
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        use_cache=False,
+        **config,
     )
     model = LlamaForCausalLM(config).train()
     model.model.embed_tokens.requires_grad_(False)  # as under LoRA: the first layer's input needs no gradient
@@ -27,6 +33,47 @@ def loss_and_gradients(model):
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("form", [recompute, offload_inputs])
+def test_layers_that_run_again_give_the_same_loss_and_gradients(form, dropout):
+    model, layers = model_and_layers(attention_dropout=dropout, attn_implementation="eager")
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    expected = loss_and_gradients(model)
+    model, layers = model_and_layers(attention_dropout=dropout, attn_implementation="eager")
+    runs = []
+    layers[1].mlp.register_forward_hook(lambda module, given, out: runs.append(torch.is_grad_enabled()))
+    assert draws_at_random(model) == bool(dropout)
+    form(layers, preserve_rng_state=draws_at_random(model))
+    found = loss_and_gradients(model)
+    assert runs == [False, True]
+    assert len(found) == len(expected) > 20
+    assert all(torch.allclose(mine, other, atol=1e-6) for mine, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("case", "draws"),
+    [
+        ("nothing", False),
+        ("lora dropout", True),
+        ("an attention's dropout", True),
+        ("a dropout that is no module", True),
+        ("a router's noise", True),
+    ],
+)
+def test_what_draws_at_random_is_known(case, draws):
+    model = model_and_layers()[0]
+    if case == "lora dropout":
+        model.model.layers[1].mlp.lora_dropout = torch.nn.Dropout(0.1)
+    if case == "an attention's dropout":
+        model.config.attention_dropout = 0.1
+    if case == "a dropout that is no module":
+        model.config.dropout = 0.1  # OPT
+    if case == "a router's noise":
+        model.config.router_jitter_noise = 0.01  # Phi-3.5-MoE
+    assert draws_at_random(model) == draws
+
+
 @pytest.mark.parametrize("tokens", [None, 7])
 def test_loss_and_gradients_stay_the_same(tokens, monkeypatch):
     expected = loss_and_gradients(model_and_layers()[0])
@@ -34,7 +81,7 @@ def test_loss_and_gradients_stay_the_same(tokens, monkeypatch):
     real = _Host.keep
     monkeypatch.setattr(_Host, "keep", lambda host, tensor: (kept.append(tensor.shape), real(host, tensor))[1])
     model, layers = model_and_layers()
-    offload_inputs(layers)
+    offload_inputs(layers, preserve_rng_state=False)
     if tokens:
         tile_mlps(layers, tokens)
     found = loss_and_gradients(model)
@@ -45,7 +92,7 @@ def test_loss_and_gradients_stay_the_same(tokens, monkeypatch):
 
 def test_the_output_of_a_layer_that_recomputes_takes_no_memory(monkeypatch):
     model, layers = model_and_layers()
-    offload_inputs(layers)
+    offload_inputs(layers, preserve_rng_state=False)
     sizes = []
     real = intern.offload._forget
     monkeypatch.setattr(
@@ -63,7 +110,7 @@ def test_pieces_are_no_longer_than_asked_and_computed_twice_as_a_checkpointed_la
     lengths = []
     for layer in layers:
         layer.mlp.gate_proj.register_forward_hook(lambda module, given, out: lengths.append(given[0].shape[1]))
-    offload_inputs(layers)
+    offload_inputs(layers, preserve_rng_state=False)
     tile_mlps(layers, 8)
     loss_and_gradients(model)
     # Three layers of rows of 8 + 8 + 4 tokens, forward and once more.
