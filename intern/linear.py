@@ -8,8 +8,9 @@ matrix products and not by additions after them. Memory that training leaves fre
 each pass would make of them anew.
 """
 
+import contextlib
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +186,19 @@ def pack_weights(model: torch.nn.Module) -> None:
     """Frees what `unpack_weights` has kept."""
     for weight in _fused(model):
         weight.unpacked = None
+
+
+@contextlib.contextmanager
+def unpacked(module: torch.nn.Module) -> Iterator[None]:
+    """For this time the 4-bit weights of fused layers inside are unpacked: once each, and not at every use."""
+    packed = [weight for weight in _fused(module) if weight.unpacked is None]
+    try:
+        for weight in packed:
+            weight.unpacked = weight.dense(weight.dtype)
+        yield
+    finally:
+        for weight in packed:
+            weight.unpacked = None
 
 
 def _fused(model: torch.nn.Module) -> list[_Weight]:

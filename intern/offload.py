@@ -11,6 +11,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from intern.linear import unpacked
+
 Keeping = Callable[[], contextlib.AbstractContextManager[Any]]  # around a layer's run: what becomes of its inputs
 
 _recomputing = contextvars.ContextVar("recomputing", default=False)  # whether a layer runs again for its backward pass
@@ -141,18 +143,23 @@ def tile_mlps(layers: list[GradientCheckpointingLayer], tokens: int) -> None:
     """MLPs of layers that `offload_inputs` was given take rows in pieces of so many tokens: one piece's intermediates are there at a time.
 
     A piece is computed once forward and once more in its own backward pass, as often as without pieces: while the layer recomputes, the
-    MLP's output, which nothing needs then, is left out.
+    MLP's output, which nothing needs then, is left out. Its weights are unpacked once for all pieces.
     """
     for layer in layers:
         mlp: Any = layer.mlp
-        mlp.forward = _in_pieces(mlp.forward, tokens)
+        mlp.forward = _in_pieces(mlp, mlp.forward, tokens)
 
 
-def _in_pieces(whole: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _in_pieces(
+    mlp: torch.nn.Module, whole: Callable[[torch.Tensor], torch.Tensor], tokens: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         if _recomputing.get():
-            return _LaterInPieces.apply(hidden, whole, tokens)
-        return torch.cat([whole(piece) for piece in hidden.split(tokens, dim=1)], dim=1)
+            return _LaterInPieces.apply(hidden, mlp, whole, tokens)
+        if hidden.shape[1] <= tokens:
+            return whole(hidden)
+        with unpacked(mlp):
+            return torch.cat([whole(piece) for piece in hidden.split(tokens, dim=1)], dim=1)
 
     return forward
 
@@ -162,14 +169,18 @@ class _LaterInPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, whole: Callable[[torch.Tensor], torch.Tensor], tokens: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        mlp: torch.nn.Module,
+        whole: Callable[[torch.Tensor], torch.Tensor],
+        tokens: int,
     ) -> torch.Tensor:
         device = hidden.device.type
         ctx.autocast = torch.autocast(
             device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
         )
         ctx.save_for_backward(hidden)
-        ctx.whole, ctx.tokens = whole, tokens
+        ctx.mlp, ctx.whole, ctx.tokens = mlp, whole, tokens
         return torch.zeros_like(hidden)
 
     @staticmethod
@@ -177,11 +188,12 @@ class _LaterInPieces(torch.autograd.Function):
         [hidden], [grad] = ctx.saved_tensors, grads
         grad_hidden = torch.empty_like(hidden)
         parts = zip(*(tensor.split(ctx.tokens, dim=1) for tensor in (hidden, grad, grad_hidden)), strict=True)
-        for given, wanted, found in parts:
-            piece = given.detach().requires_grad_()
-            with torch.enable_grad(), ctx.autocast:
-                out = ctx.whole(piece)
-            torch.autograd.backward(out, wanted)
-            assert piece.grad is not None
-            found.copy_(piece.grad)
-        return grad_hidden, None, None
+        with unpacked(ctx.mlp):
+            for given, wanted, found in parts:
+                piece = given.detach().requires_grad_()
+                with torch.enable_grad(), ctx.autocast:
+                    out = ctx.whole(piece)
+                torch.autograd.backward(out, wanted)
+                assert piece.grad is not None
+                found.copy_(piece.grad)
+        return grad_hidden, None, None, None

@@ -15,7 +15,7 @@ class Pair(torch.nn.Module):
     def __init__(self, compute: torch.dtype) -> None:
         super().__init__()
         self.first = bnb.nn.Linear4bit(128, 192, bias=False, compute_dtype=compute, quant_type="nf4")
-        self.second = bnb.nn.Linear4bit(192, 64, bias=False, compute_dtype=compute, quant_type="nf4")
+        self.second = bnb.nn.Linear4bit(192, 128, bias=False, compute_dtype=compute, quant_type="nf4")
         for layer in (self.first, self.second):
             layer.support_avx512bf16_for_cpu = False
 
@@ -156,7 +156,7 @@ def test_unpacked_weights_change_nothing_and_are_used(monkeypatch):
     expected = passed(model, x)
     model.zero_grad()
     assert unpack_weights(model, 4 * 128 * 192 + 4) == 4 * 128 * 192  # the first; the second finds no room
-    assert unpack_weights(model, 10**9) == 4 * (128 * 192 + 192 * 64)
+    assert unpack_weights(model, 10**9) == 4 * (128 * 192 + 192 * 128)
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", None)
     assert all(torch.equal(mine, other) for mine, other in zip(passed(model, x), expected, strict=True))
     pack_weights(model)

@@ -1,11 +1,16 @@
 """Layers that run again, inputs in host memory, MLPs in pieces: the same loss and gradients with less kept."""
 
+import types
+
+import bitsandbytes as bnb
 import pytest
 import torch
+from test_linear import adapted, passed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import intern.offload
 from intern.layers import decoder_layers, draws_at_random
+from intern.linear import fuse_adapters
 from intern.offload import _Host, offload_inputs, recompute, tile_mlps
 
 
@@ -115,3 +120,25 @@ def test_pieces_are_no_longer_than_asked_and_computed_twice_as_a_checkpointed_la
     loss_and_gradients(model)
     # Three layers of rows of 8 + 8 + 4 tokens, forward and once more.
     assert sorted(lengths) == 2 * 3 * [4] + 2 * 3 * 2 * [8]
+
+
+def test_weights_are_unpacked_once_for_all_pieces(monkeypatch):
+    mlp = adapted()
+    fuse_adapters(mlp)
+    x = torch.randn(1, 20, 128)
+    expected = passed(mlp, x)
+    mlp.zero_grad()
+    real, calls = bnb.functional.dequantize_4bit, []
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda *given: (calls.append(1), real(*given))[1])
+    tile_mlps([types.SimpleNamespace(mlp=mlp)], 8)  # 8 + 8 + 4 tokens
+    with torch.no_grad():
+        assert torch.allclose(mlp(x), expected[0], atol=1e-5)
+    assert len(calls) == 2  # it has two weights
+    token = intern.offload._recomputing.set(True)
+    try:
+        _, *gradients = passed(mlp, x)
+    finally:
+        intern.offload._recomputing.reset(token)
+    assert len(calls) == 4
+    assert all(torch.allclose(mine, other, atol=1e-4) for mine, other in zip(gradients, expected[1:], strict=True))
+    assert all(module.fused.unpacked is None for module in mlp.modules() if hasattr(module, "fused"))
