@@ -179,7 +179,7 @@ class Base:
                 AutoModelForCausalLM, quantization_config=None if stored is not None else quant, **arguments
             )
             if self._cache is not None and entry is not None:
-                self._cache.store(model, entry)
+                self._cache.store(model, entry, self.name)
         for module in model.modules():
             if isinstance(module, bnb.nn.Linear4bit):
                 module.compute_dtype = precision.dtype

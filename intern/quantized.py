@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
+from intern.readahead import MADE_OF
+
 log = logging.getLogger(__name__)
 
 _SHARD = "1GB"  # of an entry: no more of it is in host memory at once
@@ -46,14 +48,15 @@ class QuantizedCache:
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:32]
         return self.folder / key
 
-    def store(self, model: PreTrainedModel, entry: Path) -> None:
-        """Writes the entry; a disk that has no room for it is said and stops nothing."""
+    def store(self, model: PreTrainedModel, entry: Path, name: str) -> None:
+        """Writes the entry of a base with this name; a disk that has no room for it is said and stops nothing."""
         draft = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._drop_old_drafts()
             draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=self.folder))
             model.save_pretrained(str(draft), max_shard_size=_SHARD)
+            (draft / MADE_OF).write_text(name, encoding="utf-8")
             if not self._make_room(_size(draft)):
                 return
             with contextlib.suppress(FileExistsError):  # another process was first

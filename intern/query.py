@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from intern.cli import command
 from intern.errors import UserError
+from intern.readahead import read_ahead
 from intern.run import resolve
 
 
@@ -13,6 +14,7 @@ from intern.run import resolve
 def main(cfg: DictConfig) -> None:
     """Answers a question with a finished run."""
     run = resolve(cfg.run_dir)
+    read_ahead(run.read_config())
     from intern.answer import Intern  # heavy: keeps --help and a wrong run_dir fast
 
     intern = Intern(run, cfg.generation, cfg.base_model)

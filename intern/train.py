@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from intern import sweep
 from intern.cli import command, quoted
 from intern.errors import UserError
+from intern.readahead import read_ahead
 from intern.run import Run, stopped
 
 
@@ -30,6 +31,7 @@ def main(cfg: DictConfig) -> float:
     run, folder = Run(Path(hydra.runtime.output_dir)), sweep.folder(hydra)
     if folder is not None:
         run.discard_failed_attempt()
+    read_ahead(cfg)
     with run.noting_failure():
         from intern.finetune import finetune  # heavy: keeps --help fast
         from intern.resume import own_config

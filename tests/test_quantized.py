@@ -13,6 +13,7 @@ from intern.answer import Intern
 from intern.errors import UserError
 from intern.model import Base
 from intern.precision import Precision
+from intern.readahead import MADE_OF
 from intern.run import Run
 
 PRECISION = Precision("cpu", torch.float32, False, False)
@@ -42,6 +43,7 @@ def test_the_second_load_reads_the_cache_and_gives_the_same_model(tmp_path, monk
     cache = tmp_path / "cache"
     first = base(cache).load(QUANT, PRECISION)
     [entry] = entries(cache)
+    assert (entry / MADE_OF).read_text() == str(ROOT / "data/tiny_llama3")
     read = []
     real = AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(
