@@ -12,13 +12,15 @@ Batches that are not packed (padded ones, generation) go through transformers' o
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from intern.offload import remembered, remembers
 
 NAME = "isolated"
 KNOWN = (NAME, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -50,6 +52,8 @@ def isolated_attention(
     """
     boundaries = kwargs.get("cu_seq_lens_q")
     groups = getattr(module, "num_key_value_groups", 1)
+    if boundaries is None and attention_mask is None and not dropout and remembers() and _is_long_row(query, key):
+        return _cudnn(query, key, value, [query.shape[2]], scaling), None
     if boundaries is None or attention_mask is not None:
         if attention_mask is None and query.is_cuda and not has_flash_attention(query):
             # Of the kernels that are left none shares key/value heads, and SDPA would take the one that builds the whole matrix.
@@ -59,11 +63,12 @@ def isolated_attention(
     # Under autocast, rotation makes these two float32 in a float32 model.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if query.device.type == "cpu":
-        return _row_by_row(query, repeat_kv(key, groups), repeat_kv(value, groups), boundaries, scaling), None
+        shared = repeat_kv(key, groups), repeat_kv(value, groups)
+        return _row_by_row(query, *shared, boundaries.diff().tolist(), scaling), None
     longest = int(kwargs["max_length_q"])
     if has_flash_attention(query):
         if _is_for_cudnn(query, len(boundaries) - 1):
-            return _cudnn(query, key, value, boundaries, scaling), None
+            return _cudnn(query, key, value, boundaries.diff().tolist(), scaling), None
         return _flash(query, key, value, boundaries, longest, scaling, groups), None
     return _memory_efficient(
         query, repeat_kv(key, groups), repeat_kv(value, groups), boundaries, longest, scaling
@@ -75,36 +80,92 @@ def has_flash_attention(query: torch.Tensor) -> bool:
     return query.dtype.itemsize == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
+def _is_long_row(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """One whole row for which the kernel of long rows is the best."""
+    is_whole = len(query) == 1 and query.shape[2] == key.shape[2] and query.dtype == key.dtype
+    return is_whole and query.is_cuda and has_flash_attention(query) and _is_for_cudnn(query, 1)
+
+
 def _is_for_cudnn(query: torch.Tensor, rows: int) -> bool:
     """Long rows on Hopper, with heads of the size for which its kernel was tried (docs/benchmarks.md), or smaller."""
     if torch.cuda.is_current_stream_capturing():
         return False  # a call for each row would be recorded for these rows alone
     _, _, length, head_size = query.shape
-    return length >= _LONG * rows and head_size <= 128 and torch.cuda.get_device_capability(query.device)[0] == 9
+    return head_size <= 128 and are_long(length, rows)
+
+
+def are_long(tokens: int, rows: int) -> bool:
+    """Whether so many tokens in so many rows are attended with the kernel of long rows, whose results can be kept."""
+    return tokens >= _LONG * rows and torch.cuda.get_device_capability()[0] == 9
 
 
 def _cudnn(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scaling: float | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling: float | None
 ) -> torch.Tensor:
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
-        return _row_by_row(query, key, value, boundaries, scaling, enable_gqa=True)
+    return _each_row(lambda *row: _Cudnn.apply(*row, scaling), query, key, value, lengths)
 
 
-def _row_by_row(
+class _Cudnn(torch.autograd.Function):
+    """cuDNN's causal attention of one row; a layer that recomputes finds the result of its first run (intern/offload.py)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
+        out, sums = remembered(lambda: _cudnn_forward(query, key, value, scaling))
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *_cudnn_backward(ctx.scaling, grads[0], *ctx.saved_tensors), None
+
+
+def _cudnn_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result, and for each query the logarithm of the sum that its weights are divided by."""
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out, sums, *_ = attend(query, key, value, None, True, 0.0, True, scale=scaling)
+    return out, sums
+
+
+def _cudnn_backward(
+    scaling: float | None,
+    grad: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    boundaries: torch.Tensor,
-    scaling: float | None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    lengths = boundaries.diff().tolist()
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    attend = functools.partial(
-        torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=enable_gqa
+    out: torch.Tensor,
+    sums: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    unused = torch.zeros((), dtype=torch.int64, device=query.device)  # seed and offset of dropout
+    lengths = query.shape[2], key.shape[2]
+    found: tuple[torch.Tensor, ...] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grad, query, key, value, out, sums, unused, unused, None, None, None, *lengths, 0.0, True, scale=scaling
     )
+    return found
+
+
+def _row_by_row(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling: float | None
+) -> torch.Tensor:
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling)
+    return _each_row(attend, query, key, value, lengths)
+
+
+def _each_row(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+) -> torch.Tensor:
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     rows = [attend(*part) for part in parts]
-    return torch.cat(rows, dim=2).transpose(1, 2).contiguous()
+    whole = rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
+    return whole.transpose(1, 2).contiguous()
 
 
 def _flash(

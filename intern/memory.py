@@ -20,10 +20,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from intern.attention import are_long
 from intern.errors import RunError
 from intern.graphs import LayerGraphs, can_stand_in
 from intern.layers import decoder_layers, draws_at_random
 from intern.linear import pack_weights, unpack_weights
+from intern.machine import available_memory
 from intern.offload import offload_inputs, recompute, tile_mlps
 from intern.probe import Probe, largest, usual
 from intern.run import Run
@@ -38,6 +40,7 @@ _HELD = 0.03  # of the memory: stays free of what is held with CUDA graphs, frag
 _LAUNCHING = 0.025  # seconds a layer: Python launches its kernels in 6 to 12 ms, so beyond this the GPU is waited for
 _RECORDINGS = 8  # shapes that are recorded in a run, or fewer
 _SAME_LOSS = 0.01  # of the loss: what rounding may change
+_WIDTH = 2  # bytes of a number in 16-bit precision
 _GIB = 2**30
 
 
@@ -50,6 +53,7 @@ class MemoryPlan:
     peak: int
     budget: int
     offloaded: bool = False  # inputs of checkpointed layers wait in host memory
+    attends_once: bool = False  # and so do results of attention, which is not computed again
     tiled: bool = False  # MLPs take rows in pieces
     unpacked: int = 0  # bytes of weights that are held unpacked as well
     replayed: bool = False  # decoder layers are replayed as CUDA graphs
@@ -57,7 +61,11 @@ class MemoryPlan:
     def __str__(self) -> str:
         return (
             f"activation checkpointing on {self.checkpointed} of {self.layers} layers"
-            + (", their inputs in host memory" if self.offloaded else "")
+            + (
+                f", their inputs{' and attention' if self.attends_once else ''} in host memory"
+                if self.offloaded
+                else ""
+            )
             + (", MLPs in pieces" if self.tiled else "")
             + (f", {self.unpacked / _GIB:.1f} GiB for unpacked weights" if self.unpacked else "")
             + (", replayed as CUDA graphs" if self.replayed else "")
@@ -148,7 +156,7 @@ class FitMemory(TrainerCallback):
             before = MemoryPlan(**self.run.read_json(self.run.memory))
         if before is not None or self.every_layer:
             count = len(self._layers)
-            self._take(before or MemoryPlan(count, count, 0, 0, offloaded=True))
+            self._take(before or MemoryPlan(count, count, 0, 0, offloaded=True, attends_once=self._can_attend_once()))
             log.info("%s%s", self.plan, ", as before" if before else "")
         else:
             self._measure(args, state)
@@ -176,11 +184,10 @@ class FitMemory(TrainerCallback):
         batch, ordinary = largest(rows, size), usual(rows, size)
         left = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
         with probe:
-            found = (
-                self._planned(probe, batch)
-                or self._planned(probe, batch, offloaded=True)
-                or self._planned(probe, batch, offloaded=True, tiled=True)
-            )
+            found = self._planned(probe, batch)
+            if found is None:
+                form = {"offloaded": True, "attends_once": self._can_attend_once()}
+                found = self._planned(probe, batch, **form) or self._planned(probe, batch, **form, tiled=True)
             if found is None:
                 raise RunError(self._no_plan(probe, batch, args))
             self._take(found)
@@ -207,6 +214,15 @@ class FitMemory(TrainerCallback):
 
         made = plan(count, budget, peak_of)
         return replace(made, **form) if made is not None else None
+
+    def _can_attend_once(self) -> bool:
+        """Whether attention's results are worth keeping, and half of the host's free memory holds them and the inputs of all layers."""
+        batch = largest(self.trainer.train_dataset, self.trainer.args.per_device_train_batch_size)
+        tokens = sum(len(row["input_ids"]) for row in batch)
+        rows = sum(len(row.get("seq_lengths") or [tokens]) for row in batch)
+        size = tokens * self.trainer.model.config.get_text_config().hidden_size * _WIDTH
+        pinned = 1 << (size - 1).bit_length()  # in powers of two: torch's allocator rounds up to them
+        return are_long(tokens, rows) and 2 * len(self._layers) * pinned <= available_memory() / 2
 
     def _no_plan(self, probe: Probe, batch: list[dict[str, Any]], args: TrainingArguments) -> str:
         """What to say, with the smallest change that was tried and fits."""
@@ -297,7 +313,7 @@ class FitMemory(TrainerCallback):
         for index, layer in enumerate(self._layers):
             layer.gradient_checkpointing = index < wanted.checkpointed
         if wanted.offloaded and not (now and now.offloaded):
-            offload_inputs(self._layers, self._draws)
+            offload_inputs(self._layers, self._draws, wanted.attends_once)
         if wanted.tiled and not (now and now.tiled):
             tile_mlps(self._layers, _PIECE)
         if wanted.unpacked != (now.unpacked if now else 0):

@@ -1,10 +1,12 @@
 """How checkpointed layers run again, and what makes long rows fit besides: their inputs in host memory, and MLPs in pieces."""
 
+import collections
 import contextlib
 import contextvars
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from intern.linear import unpacked
 
-Keeping = Callable[[], contextlib.AbstractContextManager[Any]]  # around a layer's run: what becomes of its inputs
-
-_recomputing = contextvars.ContextVar("recomputing", default=False)  # whether a layer runs again for its backward pass
+_LEAVING = 3  # tensors that may be on their way to the host: the input and the results of one layer
 
 
 def recompute(layers: list[GradientCheckpointingLayer], preserve_rng_state: bool) -> None:
@@ -28,43 +28,75 @@ def recompute(layers: list[GradientCheckpointingLayer], preserve_rng_state: bool
         layers: the decoder layers.
         preserve_rng_state: something in them is drawn at random, and must be drawn the same again.
     """
-    _checkpoint_with(layers, contextlib.nullcontext, preserve_rng_state)
+    _checkpoint_with(layers, functools.partial(_checkpoint, None, False, preserve_rng_state))
 
 
-def offload_inputs(layers: list[GradientCheckpointingLayer], preserve_rng_state: bool) -> None:
+def offload_inputs(
+    layers: list[GradientCheckpointingLayer], preserve_rng_state: bool, keeps_results: bool = False
+) -> None:
     """The same, with the inputs in pinned host memory: batch x length x hidden size numbers less on the GPU for each layer.
 
-    Copies run on a stream of their own beside the computation: to the host while the layer itself computes, and back while the backward
+    Copies run on a stream of their own beside the computation: to the host while the next layer computes, and back while the backward
     pass is at the layer after.
+
+    Args:
+        layers: the decoder layers.
+        preserve_rng_state: as above.
+        keeps_results: what `remembered` is asked for waits there too, and is computed once.
     """
-    host = _Host()
-    keeping = functools.partial(torch.autograd.graph.saved_tensors_hooks, host.keep, host.bring_back)
-    _checkpoint_with(layers, keeping, preserve_rng_state)
+    _checkpoint_with(layers, functools.partial(_checkpoint, _Host(), keeps_results, preserve_rng_state))
 
 
-def _checkpoint_with(layers: list[GradientCheckpointingLayer], keeping: Keeping, preserve_rng_state: bool) -> None:
-    run = functools.partial(_checkpoint, keeping, preserve_rng_state)
+def remembered(compute: Callable[[], Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
+    """What `compute` gives, in a layer that runs again too.
+
+    For results that take long: a layer that keeps results computes them in its first run, and finds them in host memory in its second,
+    the calls of which must be the same.
+    """
+    run = _run.get()
+    if run is None or run.results is None:
+        return compute()
+    if run.is_second:
+        return run.results.bring_back()
+    results = compute()
+    run.results.keep(results)
+    return results
+
+
+def remembers() -> bool:
+    """Whether a layer that keeps results runs."""
+    run = _run.get()
+    return run is not None and run.results is not None
+
+
+def _checkpoint_with(layers: list[GradientCheckpointingLayer], form: Callable[..., Any]) -> None:
     for layer in layers:
-        setattr(layer, "_gradient_checkpointing_func", run)  # noqa: B010 - mypy forbids the assignment
+        setattr(layer, "_gradient_checkpointing_func", form)  # noqa: B010 - mypy forbids the assignment
 
 
-def _checkpoint(keeping: Keeping, preserve_rng_state: bool, run: Callable[..., Any], *inputs: Any) -> Any:
+def _checkpoint(
+    host: "_Host | None", keeps_results: bool, preserve_rng_state: bool, run: Callable[..., Any], *inputs: Any
+) -> Any:
     # The reentrant form saves its inputs through autograd, where hooks see them; it passes gradients on only where one of its inputs
     # needs them, which the input of the first layer does not.
     anchor = torch.zeros((), requires_grad=True)
+    results = _Results(host) if host is not None and keeps_results else None
 
     def watched(_: torch.Tensor, *given: Any) -> Any:
-        again = torch.is_grad_enabled()  # the first pass of the reentrant form runs without
-        token = _recomputing.set(again)
+        again = torch.is_grad_enabled()  # the first run of the reentrant form is without
+        token = _run.set(_Run(again, results))
         try:
             out = run(*given)
         finally:
-            _recomputing.reset(token)
+            _run.reset(token)
         if again:
             _forget(out)
         return out
 
-    with keeping():
+    hooks: Any = contextlib.nullcontext()
+    if host is not None:
+        hooks = torch.autograd.graph.saved_tensors_hooks(host.keep, host.bring_back)
+    with hooks:
         return checkpoint(watched, anchor, *inputs, use_reentrant=True, preserve_rng_state=preserve_rng_state)
 
 
@@ -85,25 +117,37 @@ class _Kept:
         self.is_back: torch.cuda.Event | None = None
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One of the two runs of a checkpointed layer."""
+
+    is_second: bool
+    results: "_Results | None"  # where they are kept
+
+
+_run: contextvars.ContextVar[_Run | None] = contextvars.ContextVar("run", default=None)
+
+
 class _Host:
     """Keeps tensors in host memory. All GPU memory belongs to the main stream, and each stream waits for the other's part of a copy."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
-        self._leaving: tuple[torch.Tensor, torch.cuda.Event] | None = None  # must not be freed before its copy is done
+        # They must not be freed before their copies are done.
+        self._leaving: collections.deque[tuple[torch.Tensor, torch.cuda.Event]] = collections.deque()
         self._last: weakref.ref[_Kept] | None = None
 
     def keep(self, tensor: torch.Tensor) -> _Kept:
         """Starts the copy to the host."""
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)  # kernels count on its strides
         kept = _Kept(host, tensor.device, self._last)
         if not tensor.is_cuda:
             host.copy_(tensor)
             return kept
-        self._let_leave()
+        self._let_leave(_LEAVING - 1)
         with torch.cuda.stream(self._beside()):
             host.copy_(tensor, non_blocking=True)
-            self._leaving = tensor, torch.cuda.current_stream().record_event()
+            self._leaving.append((tensor, torch.cuda.current_stream().record_event()))
         self._last = weakref.ref(kept)
         return kept
 
@@ -111,7 +155,7 @@ class _Host:
         """The tensor on its device again; the one that is wanted next is started on its way."""
         if kept.device.type != "cuda":
             return kept.host
-        self._let_leave()
+        self._let_leave(0)
         self._fetch(kept)
         assert kept.back is not None and kept.is_back is not None
         torch.cuda.current_stream().wait_event(kept.is_back)
@@ -120,14 +164,15 @@ class _Host:
             self._fetch(before)
         return tensor
 
-    def _let_leave(self) -> None:
-        if self._leaving is not None:
-            torch.cuda.current_stream().wait_event(self._leaving[1])
-            self._leaving = None
+    def _let_leave(self, but: int) -> None:
+        """Waits for the copies to the host, but for so many of the last ones."""
+        while len(self._leaving) > but:
+            _, is_there = self._leaving.popleft()
+            torch.cuda.current_stream().wait_event(is_there)
 
     def _fetch(self, kept: _Kept) -> None:
         if kept.back is None:
-            kept.back = torch.empty(kept.host.shape, dtype=kept.host.dtype, device=kept.device)
+            kept.back = torch.empty_like(kept.host, device=kept.device)
             with torch.cuda.stream(self._beside()):
                 kept.back.copy_(kept.host, non_blocking=True)
                 kept.is_back = torch.cuda.current_stream().record_event()
@@ -137,6 +182,23 @@ class _Host:
         self._stream = self._stream or torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
         return self._stream
+
+
+class _Results:
+    """What `remembered` was asked for in a layer's first run, in the order of its calls."""
+
+    def __init__(self, host: _Host) -> None:
+        self._host = host
+        self._kept: collections.deque[list[_Kept]] = collections.deque()
+
+    def keep(self, results: Sequence[torch.Tensor]) -> None:
+        """One call's."""
+        kept = [self._host.keep(tensor) for tensor in reversed(results)]  # what is kept last comes back first
+        self._kept.append(kept[::-1])
+
+    def bring_back(self) -> list[torch.Tensor]:
+        """The next call's."""
+        return [self._host.bring_back(kept) for kept in self._kept.popleft()]
 
 
 def tile_mlps(layers: list[GradientCheckpointingLayer], tokens: int) -> None:
@@ -154,7 +216,7 @@ def _in_pieces(
     mlp: torch.nn.Module, whole: Callable[[torch.Tensor], torch.Tensor], tokens: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        if _recomputing.get():
+        if (run := _run.get()) is not None and run.is_second:
             return _LaterInPieces.apply(hidden, mlp, whole, tokens)
         if hidden.shape[1] <= tokens:
             return whole(hidden)

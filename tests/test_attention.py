@@ -5,13 +5,16 @@ import copy
 import pytest
 import torch
 from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import intern.attention
 from intern.attention import isolated_attention, register
+from intern.layers import decoder_layers
 from intern.model import Base
+from intern.offload import offload_inputs
 
+_IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 LENGTHS = (7, 33, 1, 18, 50)
 
 
@@ -131,6 +134,64 @@ def test_padded_batches_and_generation_are_transformers_own(model, device):
     )
     asked = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
     assert torch.equal(model.generate(**asked), reference.generate(**asked))
+
+
+def test_a_long_row_attends_once_where_layers_keep_results(monkeypatch):
+    """With the kernel that CPUs have in the place of cuDNN's."""
+    aten, calls = torch.ops.aten, []
+
+    def forward(query, key, value, scaling):
+        calls.append(query.shape)
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scaling)
+
+    def backward(scaling, grad, *kept):
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, *kept, 0.0, True, scale=scaling)
+
+    def loss_and_gradients():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2
+        )
+        twin = LlamaForCausalLM._from_config(config, attn_implementation=register()).train()
+        twin.gradient_checkpointing_enable()
+        offload_inputs(decoder_layers(twin), preserve_rng_state=False, keeps_results=is_long)
+        ids = torch.arange(40)[None]
+        loss = twin(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return [loss.detach(), *(parameter.grad for parameter in twin.parameters())]
+
+    monkeypatch.setattr(intern.attention, "_cudnn_forward", forward)
+    monkeypatch.setattr(intern.attention, "_cudnn_backward", backward)
+    monkeypatch.setattr(intern.attention, "_is_long_row", lambda query, key: is_long)
+    is_long = False
+    expected = loss_and_gradients()
+    assert not calls
+    is_long = True
+    found = loss_and_gradients()
+    assert calls == [(1, 2, 40, 16)] * 3
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not _IS_HOPPER, reason="needs a Hopper GPU: its kernel for long rows runs nowhere else")
+def test_the_kernel_of_long_rows_gives_what_flash_attention_gives():
+    lengths = [3000, 5000]
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(1, 8000, heads, 128) for heads in (8, 2, 2)]
+    drawn = [torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    boundaries = torch.tensor([0, 3000, 8000], dtype=torch.int32, device="cuda")
+
+    def out_and_gradients(attend):
+        rows = [one.transpose(1, 2).detach().requires_grad_() for one in drawn]
+        out = attend(*rows)
+        out.backward(torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out).to(out.dtype))
+        return [out.detach(), *(row.grad for row in rows)]
+
+    ours = out_and_gradients(lambda *rows: intern.attention._cudnn(*rows, lengths, 0.09))
+    flash = out_and_gradients(lambda *rows: intern.attention._flash(*rows, boundaries, 5000, 0.09, 4))
+    for mine, other in zip(ours, flash, strict=True):
+        assert torch.linalg.norm((mine - other).float()) < 0.01 * torch.linalg.norm(other.float())
 
 
 @pytest.mark.gpu

@@ -189,6 +189,30 @@ def test_layers_run_again_in_our_own_form_and_frozen_embeddings_are_asked_for_no
     assert seen == [True, case != "frozen", True]
 
 
+@pytest.mark.parametrize(
+    ("free", "is_long", "once"),
+    [
+        (2 * 2 * 4 * 2**20, True, True),  # twice two tensors for four layers, each of 700,000 bytes that take 2**20
+        (2 * 2 * 4 * 2**20 - 1, True, False),
+        (GIB, False, False),  # another kernel's results are not kept
+    ],
+)
+def test_results_of_attention_are_kept_where_the_host_has_room(free, is_long, once, tmp_path, monkeypatch):
+    model = LlamaModel(LlamaConfig(num_hidden_layers=4, hidden_size=100, num_attention_heads=2, vocab_size=10))
+    rows = Dataset.from_dict({"input_ids": [[1] * 5, [1] * 3500], "seq_lengths": [[5], [1000, 2500]]})
+    fit = FitMemory(Run(tmp_path), every_layer=True)
+    args = types.SimpleNamespace(per_device_train_batch_size=1, activation_checkpointing_kwargs=None)
+    fit.trainer = types.SimpleNamespace(model=model, train_dataset=rows, args=args)
+    monkeypatch.setattr(intern.memory, "available_memory", lambda: free)
+    monkeypatch.setattr(intern.memory, "are_long", lambda tokens, rows: is_long and (tokens, rows) == (3500, 2))
+    fit.on_train_begin(args, TrainerState(stateful_callbacks=[]), None)
+    assert fit.plan == MemoryPlan(4, 4, 0, 0, offloaded=True, attends_once=once)
+    told = "their inputs and attention in host memory" if once else "their inputs in host memory"
+    assert told in str(fit.plan)
+    form = model.layers[0]._gradient_checkpointing_func
+    assert form.args[1] == once
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: a CPU's memory has no such limit")
 def test_the_plan_is_measured_and_kept(tmp_path):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import intern.offload
 from intern.layers import decoder_layers, draws_at_random
 from intern.linear import fuse_adapters
-from intern.offload import _Host, offload_inputs, recompute, tile_mlps
+from intern.offload import _Host, offload_inputs, recompute, remembered, tile_mlps
 
 
 def model_and_layers(**config):
@@ -134,11 +134,50 @@ def test_weights_are_unpacked_once_for_all_pieces(monkeypatch):
     with torch.no_grad():
         assert torch.allclose(mlp(x), expected[0], atol=1e-5)
     assert len(calls) == 2  # it has two weights
-    token = intern.offload._recomputing.set(True)
+    token = intern.offload._run.set(intern.offload._Run(is_second=True, results=None))
     try:
         _, *gradients = passed(mlp, x)
     finally:
-        intern.offload._recomputing.reset(token)
+        intern.offload._run.reset(token)
     assert len(calls) == 4
     assert all(torch.allclose(mine, other, atol=1e-4) for mine, other in zip(gradients, expected[1:], strict=True))
     assert all(module.fused.unpacked is None for module in mlp.modules() if hasattr(module, "fused"))
+
+
+class Tanh(torch.autograd.Function):
+    """x -> tanh(2 x), as if that took long."""
+
+    computed = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        def compute():
+            Tanh.computed += 1
+            return torch.tanh(2 * x), torch.tensor(2.0)
+
+        out, factor = remembered(compute)
+        ctx.save_for_backward(out, factor)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        out, factor = ctx.saved_tensors
+        return grad * factor * (1 - out**2)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("keeps_results", [False, True])
+def test_what_is_remembered_is_computed_once(keeps_results, calls, monkeypatch):
+    def with_tanh(model, layers):
+        for layer in layers:
+            whole = layer.mlp.forward
+            layer.mlp.forward = lambda x, whole=whole: whole(Tanh.apply(Tanh.apply(x)) if calls == 2 else Tanh.apply(x))
+        return model
+
+    expected = loss_and_gradients(with_tanh(*model_and_layers()))
+    model, layers = model_and_layers()
+    offload_inputs(layers, preserve_rng_state=False, keeps_results=keeps_results)
+    monkeypatch.setattr(Tanh, "computed", 0)
+    found = loss_and_gradients(with_tanh(model, layers))
+    assert Tanh.computed == calls * len(layers) * (1 if keeps_results else 2)
+    assert all(torch.allclose(mine, other, atol=1e-6) for mine, other in zip(found, expected, strict=True))
