@@ -35,6 +35,7 @@ from intern.scoring import (
     rouge_l,
     token_f1,
 )
+from intern.startup import importing
 
 log = logging.getLogger(__name__)
 
@@ -303,9 +304,10 @@ def _predictions(
 def _answer(
     cfg: DictConfig, run: Run, sides: list[Side], base_model: str | None, golden: Dataset, done: Predictions
 ) -> None:
-    import torch
+    with importing(run.read_config()):
+        import torch
 
-    from intern.answer import Intern
+        from intern.answer import Intern
 
     intern = Intern(run, cfg.generation, base_model)
     for side in sides:

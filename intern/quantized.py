@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-from intern.readahead import MADE_OF
+from intern.startup import MADE_OF
 
 log = logging.getLogger(__name__)
 

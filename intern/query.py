@@ -6,16 +6,16 @@ from omegaconf import DictConfig
 
 from intern.cli import command
 from intern.errors import UserError
-from intern.readahead import read_ahead
 from intern.run import resolve
+from intern.startup import importing
 
 
 @command("query", free_text=("question", "context"))
 def main(cfg: DictConfig) -> None:
     """Answers a question with a finished run."""
     run = resolve(cfg.run_dir)
-    read_ahead(run.read_config())
-    from intern.answer import Intern  # heavy: keeps --help and a wrong run_dir fast
+    with importing(run.read_config()):
+        from intern.answer import Intern  # heavy: keeps --help and a wrong run_dir fast
 
     intern = Intern(run, cfg.generation, cfg.base_model)
     if cfg.question is not None:

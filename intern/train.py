@@ -8,8 +8,8 @@ from omegaconf import DictConfig
 from intern import sweep
 from intern.cli import command, quoted
 from intern.errors import UserError
-from intern.readahead import read_ahead
 from intern.run import Run, stopped
+from intern.startup import importing
 
 
 def _in_place(arguments: list[str]) -> list[str]:
@@ -31,10 +31,10 @@ def main(cfg: DictConfig) -> float:
     run, folder = Run(Path(hydra.runtime.output_dir)), sweep.folder(hydra)
     if folder is not None:
         run.discard_failed_attempt()
-    read_ahead(cfg)
     with run.noting_failure():
-        from intern.finetune import finetune  # heavy: keeps --help fast
-        from intern.resume import own_config
+        with importing(cfg):
+            from intern.finetune import finetune  # heavy: keeps --help fast
+            from intern.resume import own_config
 
         if cfg.resume is not None:
             cfg = own_config(run, cfg, hydra.overrides.task)

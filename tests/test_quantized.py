@@ -13,8 +13,8 @@ from intern.answer import Intern
 from intern.errors import UserError
 from intern.model import Base
 from intern.precision import Precision
-from intern.readahead import MADE_OF
 from intern.run import Run
+from intern.startup import MADE_OF
 
 PRECISION = Precision("cpu", torch.float32, False, False)
 QUANT = BitsAndBytesConfig(

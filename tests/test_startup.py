@@ -1,5 +1,7 @@
-"""What is read while libraries are being imported: the right files, wholly, and nothing is said about what is wrong."""
+"""While libraries are being imported the right files are read, wholly, and nothing is said about what is wrong."""
 
+import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -8,8 +10,8 @@ import pytest
 from conftest import ROOT
 from omegaconf import OmegaConf
 
-import intern.readahead
-from intern.readahead import MADE_OF, _read, read_ahead
+import intern.startup
+from intern.startup import MADE_OF, _read, importing
 
 TINY = str(ROOT / "data/tiny_llama3")
 
@@ -34,9 +36,20 @@ def read(monkeypatch):
             assert daemon  # a command that ends early does not wait
             self.start = lambda: done.append((args[0], target(*args)))
 
-    monkeypatch.setattr(intern.readahead.threading, "Thread", Thread)
+    monkeypatch.setattr(intern.startup.threading, "Thread", Thread)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     return done
+
+
+def start(cfg):
+    with importing(cfg):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def thawed():
+    yield
+    gc.unfreeze()
 
 
 def configuration(cache, name="data/tiny_llama3"):
@@ -47,10 +60,10 @@ def test_the_entry_of_this_base_that_was_used_last_is_read_wholly(tmp_path, read
     entry(tmp_path, "a" * 32, TINY, used=100)
     wanted = entry(tmp_path, "b" * 32, TINY, used=200)
     entry(tmp_path, "c" * 32, "another/base", used=300)
-    read_ahead(configuration(tmp_path))
+    start(configuration(tmp_path))
     assert read == [(sorted(wanted.glob("*.safetensors")), 42 * 2**20)]
     read.clear()
-    read_ahead(configuration(tmp_path, name="another/base"))
+    start(configuration(tmp_path, name="another/base"))
     assert [files[0].parent.name for files, _ in read] == ["c" * 32]
 
 
@@ -66,7 +79,7 @@ def test_where_there_is_nothing_to_read_nothing_is_read_or_said(case, tmp_path, 
     if case == "imported":
         entry(tmp_path / "cache", "a" * 32, TINY, used=100)
         monkeypatch.setitem(sys.modules, "torch", object())
-    read_ahead(cfg)
+    start(cfg)
     assert sum(count for _, count in read) == 0
     assert capfd.readouterr() == ("", "")
 
@@ -74,6 +87,22 @@ def test_where_there_is_nothing_to_read_nothing_is_read_or_said(case, tmp_path, 
 def test_a_file_that_goes_while_it_is_read_ends_the_reading(tmp_path):
     (tmp_path / "a").write_bytes(bytes(10))
     assert _read([tmp_path / "a", tmp_path / "gone", tmp_path / "a"]) == 10
+
+
+@pytest.mark.parametrize("failure", [None, ImportError])
+def test_the_garbage_collector_rests_and_then_leaves_out_what_was_imported(failure, tmp_path, read):
+    with contextlib.suppress(ImportError), importing(configuration(tmp_path)):
+        assert not gc.isenabled()
+        if failure is not None:
+            raise failure
+    assert gc.isenabled() and gc.get_freeze_count() > 10_000
+
+
+def test_a_second_job_leaves_the_garbage_of_the_first_one_to_the_collector(tmp_path, read, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", object())
+    with importing(configuration(tmp_path)):
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("name", ["train", "query"])
@@ -84,6 +113,6 @@ def test_commands_begin_it_before_they_import_what_is_heavy(name, trained_run, t
     }[name]
     code = (
         f"import sys; sys.argv[1:] = {arguments}\nimport intern.{name} as m\n"
-        "m.read_ahead = lambda cfg: sys.exit(33 if cfg.model and 'torch' not in sys.modules else 34)\nm.main()"
+        "m.importing = lambda cfg: sys.exit(33 if cfg.model and 'torch' not in sys.modules else 34)\nm.main()"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 33
