@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from intern.cli import command
 from intern.errors import UserError
+from intern.startup import importing
 
 
 @command("doctor")
@@ -19,7 +20,8 @@ def main(cfg: DictConfig) -> None:
     from intern.checks import as_json, raise_if_red, show_checks
     from intern.diagnose import diagnose
 
-    with contextlib.redirect_stdout(sys.stderr):  # some libraries print when they are loaded
+    # Each check imports what it looks at, and some libraries print when they are loaded.
+    with importing(), contextlib.redirect_stdout(sys.stderr):
         checks = diagnose(cfg)
     if cfg.format == "json":
         sys.stdout.write(as_json(checks) + "\n")

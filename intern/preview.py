@@ -3,6 +3,7 @@
 from omegaconf import DictConfig
 
 from intern.cli import command
+from intern.startup import importing
 
 
 @command("preview")
@@ -11,7 +12,9 @@ def main(cfg: DictConfig) -> None:
     from rich.console import Console
 
     from intern.checks import raise_if_red
-    from intern.examine import examine  # heavy: keeps --help fast
+
+    with importing():
+        from intern.examine import examine  # heavy: keeps --help fast
 
     raise_if_red(examine(cfg, Console()), "preview")
 

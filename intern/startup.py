@@ -18,19 +18,20 @@ _BLOCK = 16 * 2**20  # bytes
 
 
 @contextlib.contextmanager
-def importing(cfg: DictConfig) -> Iterator[None]:
+def importing(cfg: DictConfig | None = None) -> Iterator[None]:
     """Around the imports: meanwhile the base that will probably be loaded is read, and Python's garbage collector rests.
 
     The libraries' five thousand modules make objects that stay. To search them for garbage again and again takes a sixth of the time
     that the imports take, and once all are there, every later search leaves them out.
 
     Args:
-        cfg: a training run's configuration.
+        cfg: a training run's configuration; None where no weights will be loaded.
     """
     if "torch" in sys.modules:  # all this is done already, in a sweep's second job
         yield
         return
-    _read_ahead(cfg)
+    if cfg is not None:
+        _read_ahead(cfg)
     gc.disable()
     try:
         yield

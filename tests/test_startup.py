@@ -80,6 +80,7 @@ def test_where_there_is_nothing_to_read_nothing_is_read_or_said(case, tmp_path, 
         entry(tmp_path / "cache", "a" * 32, TINY, used=100)
         monkeypatch.setitem(sys.modules, "torch", object())
     start(cfg)
+    start(None)
     assert sum(count for _, count in read) == 0
     assert capfd.readouterr() == ("", "")
 
@@ -105,14 +106,13 @@ def test_a_second_job_leaves_the_garbage_of_the_first_one_to_the_collector(tmp_p
     assert gc.get_freeze_count() == 0
 
 
-@pytest.mark.parametrize("name", ["train", "query"])
+@pytest.mark.parametrize("name", ["train", "query", "preview", "doctor"])
 def test_commands_begin_it_before_they_import_what_is_heavy(name, trained_run, tmp_path):
-    arguments = {
-        "train": ["experiment=tiny_cpu", f"hydra.run.dir={tmp_path}"],
-        "query": [f"run_dir={trained_run}", "question=Why?", f"hydra.run.dir={tmp_path}"],
-    }[name]
+    asked = [f"run_dir={trained_run}", "question=Why?"] if name == "query" else ["experiment=tiny_cpu"]
+    arguments = [*asked, f"hydra.run.dir={tmp_path}"]
+    reads = name in ("train", "query")  # weights
     code = (
         f"import sys; sys.argv[1:] = {arguments}\nimport intern.{name} as m\n"
-        "m.importing = lambda cfg: sys.exit(33 if cfg.model and 'torch' not in sys.modules else 34)\nm.main()"
+        f"m.importing = lambda *cfg: sys.exit(33 if len(cfg) == {reads} and 'torch' not in sys.modules else 34)\nm.main()"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 33
