@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 _MARGIN = 0.06  # of the memory: fragmentation, and what evaluation and libraries take beside the measured step
 _RESERVE = 0.1  # of the memory: stays free before weights are unpacked; with less the allocator starts to search
 _PIECE = 4096  # tokens that an MLP takes at a time where rows go in pieces
+_FEW = (0, 2, 4)  # kept layers that are tried before their cost is known
 _SHORTEST = 256  # tokens to which rows are cut in search of what fits
 _HELD = 0.03  # of the memory: stays free of what is held with CUDA graphs, fragments included
 _LAUNCHING = 0.025  # seconds a layer: Python launches its kernels in 6 to 12 ms, so beyond this the GPU is waited for
@@ -93,26 +94,24 @@ def plan(layers: int, budget: int, peak_of: Callable[[int], int | None]) -> Memo
 
     if (whole := fits(layers)) is not None:
         return MemoryPlan(layers, 0, whole, budget)
-    if (least := fits(0)) is None:
+    fitting: list[tuple[int, int]] = []  # kept layers, and the peak with them
+    for kept in sorted({min(few, layers) for few in _FEW}):
+        if (peak := fits(kept)) is None:
+            break
+        fitting.append((kept, peak))
+    if not fitting:
         return None
-    kept, peak = 0, least
-    # The first kept layer takes the place of a recomputed one at the peak: what a layer costs shows from the second on.
-    few, more = min(2, layers), min(4, layers)
-    first = fits(few)
-    second = fits(more) if first is not None else None
-    if first is not None:
-        kept, peak = few, first
-    if first is not None and second is not None:
-        kept, peak = more, second
-        cost = max((second - first) // max(more - few, 1), 1)
+    if len(fitting) == len(_FEW):
+        # The first kept layer takes the place of a recomputed one at the peak: what a layer costs shows from the second on.
+        (few, first), (more, second) = fitting[1:]
+        cost = max((second - first) // (more - few), 1)
         wanted = min(layers - 1, more + (usable - second) // cost)
-        while wanted > more:
-            measured = fits(wanted)
-            if measured is not None:
-                kept, peak = wanted, measured
-                break
+        while wanted > more and (peak := fits(wanted)) is None:
             wanted -= max(1, layers // 16)
-    return MemoryPlan(layers, layers - kept, peak, budget)
+        if wanted > more and peak is not None:
+            fitting.append((wanted, peak))
+    kept, last = fitting[-1]
+    return MemoryPlan(layers, layers - kept, last, budget)
 
 
 def _usable(budget: int) -> int:
