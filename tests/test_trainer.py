@@ -12,10 +12,13 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig
 
+import intern.memory
 from intern.errors import RunError
+from intern.memory import FitMemory, MemoryPlan
 from intern.model import Base
 from intern.precision import Precision
 from intern.probe import Probe
+from intern.run import Run
 from intern.trainer import InternTrainer, Interruption, OptimizerSteps, StepRules
 
 
@@ -182,6 +185,21 @@ def test_a_step_that_was_only_tried_leaves_no_trace(tmp_path, monkeypatch):
     found, _ = trained_adapters(tmp_path, (), probing)
     assert probing.moved == [True, True]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "form", [{"checkpointed": 2}, {}, {"offloaded": True}, {"offloaded": True, "attends_once": True, "tiled": True}]
+)
+def test_every_form_of_the_memory_plan_trains_the_same_adapters(form, tmp_path, monkeypatch):
+    plan = MemoryPlan(**{"layers": 4, "checkpointed": 4, "peak": 0, "budget": 0} | form)
+    fit = FitMemory(Run(tmp_path))
+    monkeypatch.setattr(fit, "_measure", lambda args, state: fit._take(plan))
+    monkeypatch.setattr(intern.memory, "_PIECE", 8)  # tokens: rows of 30 go in four pieces
+    expected, _ = trained_adapters(tmp_path, ())
+    found, _ = trained_adapters(tmp_path, (), fit)
+    assert fit.plan == plan
+    for name, adapter in expected.items():
+        torch.testing.assert_close(found[name], adapter, atol=1e-6, rtol=1e-4)
 
 
 def test_without_a_plan_memory_that_runs_out_ends_the_run(tmp_path, monkeypatch):
