@@ -8,11 +8,9 @@ in pieces. Memory that runs out later makes the plan safer and repeats the step.
 """
 
 import functools
-import itertools
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -27,95 +25,19 @@ from intern.layers import decoder_layers, draws_at_random
 from intern.linear import pack_weights, unpack_weights
 from intern.machine import available_memory
 from intern.offload import offload_inputs, recompute, tile_mlps
+from intern.plan import GIB, MemoryPlan, plan, smallest_change, usable
 from intern.probe import Probe, largest, usual
 from intern.run import Run
 
 log = logging.getLogger(__name__)
 
-_MARGIN = 0.06  # of the memory: fragmentation, and what evaluation and libraries take beside the measured step
 _RESERVE = 0.1  # of the memory: stays free before weights are unpacked; with less the allocator starts to search
 _PIECE = 4096  # tokens that an MLP takes at a time where rows go in pieces
-_FEW = (0, 2, 4)  # kept layers that are tried before their cost is known
-_SHORTEST = 256  # tokens to which rows are cut in search of what fits
 _HELD = 0.03  # of the memory: stays free of what is held with CUDA graphs, fragments included
 _LAUNCHING = 0.025  # seconds a layer: Python launches its kernels in 6 to 12 ms, so beyond this the GPU is waited for
 _RECORDINGS = 8  # shapes that are recorded in a run, or fewer
 _SAME_LOSS = 0.01  # of the loss: what rounding may change
 _WIDTH = 2  # bytes of a number in 16-bit precision
-_GIB = 2**30
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What was decided: `checkpointed` of `layers` decoder layers recompute; the worst step then peaks at `peak` bytes of `budget`."""
-
-    layers: int
-    checkpointed: int
-    peak: int
-    budget: int
-    offloaded: bool = False  # inputs of checkpointed layers wait in host memory
-    attends_once: bool = False  # and so do results of attention, which is not computed again
-    tiled: bool = False  # MLPs take rows in pieces
-    unpacked: int = 0  # bytes of weights that are held unpacked as well
-    replayed: bool = False  # decoder layers are replayed as CUDA graphs
-
-    def __str__(self) -> str:
-        return (
-            f"activation checkpointing on {self.checkpointed} of {self.layers} layers"
-            + (
-                f", their inputs{' and attention' if self.attends_once else ''} in host memory"
-                if self.offloaded
-                else ""
-            )
-            + (", MLPs in pieces" if self.tiled else "")
-            + (f", {self.unpacked / _GIB:.1f} GiB for unpacked weights" if self.unpacked else "")
-            + (", replayed as CUDA graphs" if self.replayed else "")
-            + (
-                f": the largest batch peaks at {self.peak / _GIB:.1f} GiB of {self.budget / _GIB:.1f}"
-                if self.peak
-                else ""
-            )
-        )
-
-
-def plan(layers: int, budget: int, peak_of: Callable[[int], int | None]) -> MemoryPlan | None:
-    """The fewest checkpointed layers that fit; None where it does not even fit with every layer checkpointed.
-
-    Args:
-        layers: how many decoder layers there are.
-        budget: bytes that the run may take.
-        peak_of: runs the worst step with so many layers kept (not checkpointed); its peak in bytes, None where memory ran out.
-    """
-    usable = _usable(budget)
-
-    def fits(kept: int) -> int | None:
-        peak = peak_of(kept)
-        return peak if peak is not None and peak <= usable else None
-
-    if (whole := fits(layers)) is not None:
-        return MemoryPlan(layers, 0, whole, budget)
-    fitting: list[tuple[int, int]] = []  # kept layers, and the peak with them
-    for kept in sorted({min(few, layers) for few in _FEW}):
-        if (peak := fits(kept)) is None:
-            break
-        fitting.append((kept, peak))
-    if not fitting:
-        return None
-    if len(fitting) == len(_FEW):
-        # The first kept layer takes the place of a recomputed one at the peak: what a layer costs shows from the second on.
-        (few, first), (more, second) = fitting[1:]
-        cost = max((second - first) // (more - few), 1)
-        wanted = min(layers - 1, more + (usable - second) // cost)
-        while wanted > more and (peak := fits(wanted)) is None:
-            wanted -= max(1, layers // 16)
-        if wanted > more and peak is not None:
-            fitting.append((wanted, peak))
-    kept, last = fitting[-1]
-    return MemoryPlan(layers, layers - kept, last, budget)
-
-
-def _usable(budget: int) -> int:
-    return int(budget * (1 - _MARGIN))
 
 
 class FitMemory(TrainerCallback):
@@ -227,9 +149,9 @@ class FitMemory(TrainerCallback):
         """What to say, with the smallest change that was tried and fits."""
         budget = probe.budget
         # Everything is given up by now; what is tried are fewer and shorter rows.
-        remedy = _smallest_change(batch, lambda rows: (probe.peak(rows) or budget) <= _usable(budget), args)
+        remedy = smallest_change(batch, lambda rows: (probe.peak(rows) or budget) <= usable(budget), args)
         return (
-            f"the largest batch does not fit into {budget / _GIB:.1f} GiB although every layer is checkpointed, its input in "
+            f"the largest batch does not fit into {budget / GIB:.1f} GiB although every layer is checkpointed, its input in "
             f"host memory and its MLP in pieces: {remedy}"
         )
 
@@ -237,12 +159,12 @@ class FitMemory(TrainerCallback):
         """Unpacks weights into what memory is left, if the batch then still fits."""
         packed = self.plan
         assert packed is not None
-        room = _usable(packed.budget) - int(_RESERVE * packed.budget) - packed.peak
+        room = usable(packed.budget) - int(_RESERVE * packed.budget) - packed.peak
         if room <= 0:
             return
         unpacked = self._take(replace(packed, unpacked=room))
         peak = probe.peak(batch)
-        self._take(replace(unpacked, peak=peak) if peak is not None and peak <= _usable(packed.budget) else packed)
+        self._take(replace(unpacked, peak=peak) if peak is not None and peak <= usable(packed.budget) else packed)
 
     def _replay_if_faster(
         self, probe: Probe, batch: list[dict[str, Any]], ordinary: list[dict[str, Any]], left: int
@@ -327,33 +249,3 @@ class FitMemory(TrainerCallback):
             self._graphs = LayerGraphs(self._layers, sum(lengths), max(lengths))
         self.plan = wanted
         return wanted
-
-
-def _smallest_change(
-    batch: list[dict[str, Any]], fits: Callable[[list[dict[str, Any]]], bool], args: TrainingArguments
-) -> str:
-    """What makes a batch fit that does not, tried: fewer rows, then shorter ones."""
-    size = len(batch)
-    while size > 1:
-        size //= 2
-        if fits(batch[:size]):
-            steps = args.gradient_accumulation_steps * len(batch) // size
-            return (
-                f"trainer.per_device_train_batch_size={size} was tried and fits "
-                f"(with trainer.gradient_accumulation_steps={steps} an optimizer step sees as many rows)"
-            )
-    length = len(batch[0]["input_ids"])
-    while length > _SHORTEST:
-        length = length * 3 // 4
-        if fits([_cut(batch[0], length)]):
-            return f"trainer.max_length={length} with trainer.per_device_train_batch_size=1 was tried and fits"
-    return "take a smaller model, or a card with more memory"
-
-
-def _cut(row: dict[str, Any], length: int) -> dict[str, Any]:
-    """The first tokens of a row, or of a pack of rows."""
-    short = {name: values[:length] for name, values in row.items() if len(values) == len(row["input_ids"])}
-    if "seq_lengths" in row:
-        ends = [min(end, length) for end in itertools.accumulate(row["seq_lengths"])]
-        short["seq_lengths"] = [end - start for start, end in itertools.pairwise([0, *ends]) if end > start]
-    return short

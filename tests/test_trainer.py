@@ -14,8 +14,9 @@ from trl import SFTConfig
 
 import intern.memory
 from intern.errors import RunError
-from intern.memory import FitMemory, MemoryPlan
+from intern.memory import FitMemory
 from intern.model import Base
+from intern.plan import MemoryPlan
 from intern.precision import Precision
 from intern.probe import Probe
 from intern.run import Run
