@@ -25,6 +25,7 @@ from intern.offload import remembered, remembers
 NAME = "isolated"
 KNOWN = (NAME, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 _LONG = 2048  # tokens of an average row from which Hopper's cuDNN kernel, a call for each row, beats flash attention (docs/benchmarks.md)
+_FAULTY_CUDNN = 91500  # up to this version it reads beyond lengths that 128 does not divide (pytorch issue 169849); SDPA refuses it too
 _CAUSAL_FROM_TOP_LEFT = 1  # custom_mask_type of aten::_efficient_attention_forward
 
 
@@ -67,8 +68,8 @@ def isolated_attention(
         return _row_by_row(query, *shared, boundaries.diff().tolist(), scaling), None
     longest = int(kwargs["max_length_q"])
     if has_flash_attention(query):
-        if _is_for_cudnn(query, len(boundaries) - 1):
-            return _cudnn(query, key, value, boundaries.diff().tolist(), scaling), None
+        if _is_for_cudnn(query, len(boundaries) - 1) and 1 not in (lengths := boundaries.diff().tolist()):
+            return _cudnn(query, key, value, lengths, scaling), None
         return _flash(query, key, value, boundaries, longest, scaling, groups), None
     return _memory_efficient(
         query, repeat_kv(key, groups), repeat_kv(value, groups), boundaries, longest, scaling
@@ -91,11 +92,13 @@ def _is_for_cudnn(query: torch.Tensor, rows: int) -> bool:
     if torch.cuda.is_current_stream_capturing():
         return False  # a call for each row would be recorded for these rows alone
     _, _, length, head_size = query.shape
-    return head_size <= 128 and are_long(length, rows)
+    return head_size <= 128 and not head_size % 8 and are_long(length, rows)
 
 
 def are_long(tokens: int, rows: int) -> bool:
     """Whether so many tokens in so many rows are attended with the kernel of long rows, whose results can be kept."""
+    if not torch.backends.cuda.cudnn_sdp_enabled() or (torch.backends.cudnn.version() or 0) <= _FAULTY_CUDNN:
+        return False
     return tokens >= _LONG * rows and torch.cuda.get_device_capability()[0] == 9
 
 

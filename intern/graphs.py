@@ -24,15 +24,10 @@ Work = Callable[[], None]
 Record = Callable[[Work, Work], tuple[Work, Work]]  # of a forward and a backward pass; what repeats them
 
 
-def can_stand_in(layers: Sequence[torch.nn.Module]) -> bool:
-    """Whether one layer's arguments are every layer's."""
-    return len({(type(layer), getattr(layer, "attention_type", None)) for layer in layers}) == 1
-
-
 class LayerGraphs:
     """Stands in for the forward passes of all layers but the last, wherever one row (or one pack of rows) trains.
 
-    Nothing in them may be drawn at random: a recomputed draw would be another one.
+    They must be of one kind, and nothing in them may be drawn at random: a recomputed draw would be another one.
 
     Args:
         layers: a model's decoder layers, in their order.
@@ -303,7 +298,11 @@ class _Recorder:
 
     def _recorded(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._pool, _stream(), capture_error_mode="thread_local"):
+        # Where recording fails, torch.cuda.graph itself does not always give the stream back.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, self._pool, _stream(), capture_error_mode="thread_local"),
+        ):
             work()
         return graph.replay
 

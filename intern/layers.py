@@ -1,9 +1,12 @@
-"""A model's decoder layers, and whether they draw random numbers."""
+"""A model's decoder layers, and what is known of them."""
 
 from typing import Any
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+# The parts of a layer that adds what its MLP gives, as transformers names them (Llama, Qwen, Mistral, Granite, Phi-3 ...).
+_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "resid_attn_dropout", "resid_mlp_dropout"}
 
 
 def decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
@@ -18,3 +21,22 @@ def draws_at_random(model: torch.nn.Module) -> bool:
     config: Any = model.config
     chances = config.get_text_config().to_dict().items()
     return any(isinstance(value, float) and value > 0 for name, value in chances if "drop" in name or "jitter" in name)
+
+
+def are_one_kind(model: torch.nn.Module, layers: list[GradientCheckpointingLayer]) -> bool:
+    """Whether what one layer is given (rotation, mask) is what every layer is given."""
+    config: Any = model.config
+    types = getattr(config.get_text_config(), "layer_types", None) or [None]
+    return (
+        len(set(types)) == 1 and len({(type(layer), getattr(layer, "attention_type", None)) for layer in layers}) == 1
+    )
+
+
+def only_adds_its_mlp(layer: torch.nn.Module) -> bool:
+    """Whether nothing but an addition reads what the layer's MLP gives; False where the layer has parts that are not known."""
+    return {name for name, _ in layer.named_children()} <= _PARTS
+
+
+def mlp_is_by_position(layer: torch.nn.Module) -> bool:
+    """Whether what follows the layer's MLP takes each position by itself, too: an addition or a norm."""
+    return all(name in _PARTS or name.endswith("norm") for name, _ in layer.named_children())

@@ -128,6 +128,11 @@ class _Siblings:
             self._input = None
         return out
 
+    def forget(self) -> None:
+        """Drops what waits for siblings that will not be asked, with the graph behind it."""
+        self._input = None
+        self._waiting = {}
+
     def _products(self, x: torch.Tensor, asked: Sequence[int]) -> list[torch.Tensor]:
         weights = [self.weights[index] for index in asked]
         adapters = [half.weight for index in asked for half in self._adapters[index]]
@@ -164,8 +169,16 @@ def fuse_adapters(model: torch.nn.Module) -> int:
                 forward = types.MethodType(_forward(siblings, index), layer)
                 setattr(layer, "forward", forward)  # noqa: B010 - mypy forbids the assignment
                 setattr(_base(layer), "fused", siblings.weights[index])  # noqa: B010
+                setattr(_base(layer), "siblings", siblings)  # noqa: B010
             count += len(group)
     return count
+
+
+def forget_waiting(model: torch.nn.Module) -> None:
+    """After a pass that did not come to its end: frees what layers hold for their siblings."""
+    for module in model.modules():
+        if isinstance(siblings := getattr(module, "siblings", None), _Siblings):
+            siblings.forget()
 
 
 def unpack_weights(model: torch.nn.Module, room: int) -> int:

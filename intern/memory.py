@@ -20,9 +20,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from intern.attention import are_long
 from intern.errors import RunError
-from intern.graphs import LayerGraphs, can_stand_in
-from intern.layers import decoder_layers, draws_at_random
-from intern.linear import pack_weights, unpack_weights
+from intern.graphs import LayerGraphs
+from intern.layers import are_one_kind, decoder_layers, draws_at_random
+from intern.linear import forget_waiting, pack_weights, unpack_weights
 from intern.machine import available_memory
 from intern.offload import offload_inputs, recompute, tile_mlps
 from intern.plan import GIB, MemoryPlan, plan, smallest_change, usable
@@ -59,6 +59,9 @@ class FitMemory(TrainerCallback):
         self.plan: MemoryPlan | None = None
         self._layers: list[GradientCheckpointingLayer] = []
         self._draws = False  # whether something in them is drawn at random
+        self._has_aux_loss = (
+            False  # the routers': their first run must have gradients, so layers run again in the library's form
+        )
         self._graphs: LayerGraphs | None = None
         self._detached: RemovableHandle | None = None
 
@@ -67,8 +70,9 @@ class FitMemory(TrainerCallback):
     ) -> None:
         self._layers = decoder_layers(self.trainer.model)
         self._draws = draws_at_random(self.trainer.model)
+        self._has_aux_loss = bool(getattr(self.trainer, "aux_loss_enabled", False))
         form: Any = args.activation_checkpointing_kwargs or {}
-        if not any(form.values()):  # another form was not asked for
+        if not any(form.values()) and not self._has_aux_loss:  # another form was not asked for
             recompute(self._layers, self._draws)
             self._detach_embeddings()
         before = None
@@ -77,7 +81,8 @@ class FitMemory(TrainerCallback):
             before = MemoryPlan(**self.run.read_json(self.run.memory))
         if before is not None or self.every_layer:
             count = len(self._layers)
-            self._take(before or MemoryPlan(count, count, 0, 0, offloaded=True, attends_once=self._can_attend_once()))
+            once = self._can_attend_once()
+            self._take(before or MemoryPlan(count, count, 0, 0, offloaded=not self._has_aux_loss, attends_once=once))
             log.info("%s%s", self.plan, ", as before" if before else "")
         else:
             self._measure(args, state)
@@ -106,7 +111,7 @@ class FitMemory(TrainerCallback):
         left = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
         with probe:
             found = self._planned(probe, batch)
-            if found is None:
+            if found is None and not self._has_aux_loss:
                 form = {"offloaded": True, "attends_once": self._can_attend_once()}
                 found = self._planned(probe, batch, **form) or self._planned(probe, batch, **form, tiled=True)
             if found is None:
@@ -141,7 +146,9 @@ class FitMemory(TrainerCallback):
         batch = largest(self.trainer.train_dataset, self.trainer.args.per_device_train_batch_size)
         tokens = sum(len(row["input_ids"]) for row in batch)
         rows = sum(len(row.get("seq_lengths") or [tokens]) for row in batch)
-        size = tokens * self.trainer.model.config.get_text_config().hidden_size * _WIDTH
+        config = self.trainer.model.config.get_text_config()
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = tokens * max(config.hidden_size, config.num_attention_heads * head_size) * _WIDTH
         pinned = 1 << (size - 1).bit_length()  # in powers of two: torch's allocator rounds up to them
         return are_long(tokens, rows) and 2 * len(self._layers) * pinned <= available_memory() / 2
 
@@ -173,7 +180,8 @@ class FitMemory(TrainerCallback):
         alone = self.plan
         assert alone is not None
         seconds, expected = probe.timed(ordinary)
-        possible = self.cuda_graphs and not alone.offloaded and not self._draws and can_stand_in(self._layers)
+        can_stand_in = not self._draws and are_one_kind(self.trainer.model, self._layers)
+        possible = self.cuda_graphs and not alone.offloaded and can_stand_in
         # Recording is a batch's work twice.
         if not possible or left <= 2 * _RECORDINGS or self.trainer.accelerator.num_processes > 1:
             return seconds
@@ -192,6 +200,7 @@ class FitMemory(TrainerCallback):
                 self._take(replace(alone, replayed=True, peak=held))
                 return replayed
         except torch.cuda.OutOfMemoryError:
+            forget_waiting(self.trainer.model)
             log.debug("CUDA graphs: no memory for them")
         except RuntimeError as error:  # something in these layers cannot be recorded
             log.info("no CUDA graphs of these layers: %s", " ".join(str(error).split())[:200])
@@ -212,9 +221,9 @@ class FitMemory(TrainerCallback):
             self._take(replace(self.plan, unpacked=0))
         elif kept:
             self._take(replace(self.plan, checkpointed=self.plan.layers - kept // 2))
-        elif not self.plan.offloaded:
+        elif not self.plan.offloaded and not self._has_aux_loss:
             self._take(replace(self.plan, offloaded=True))
-        elif not self.plan.tiled:
+        elif self.plan.offloaded and not self.plan.tiled:
             self._take(replace(self.plan, tiled=True))
         else:
             raise RunError(

@@ -13,6 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from intern.layers import only_adds_its_mlp
 from intern.linear import unpacked
 
 _LEAVING = 3  # tensors that may be on their way to the host: the input and the results of one layer
@@ -77,6 +78,9 @@ def _checkpoint_with(layers: list[GradientCheckpointingLayer], form: Callable[..
 def _checkpoint(
     host: "_Host | None", keeps_results: bool, preserve_rng_state: bool, run: Callable[..., Any], *inputs: Any
 ) -> Any:
+    # The first run of the reentrant form has no gradients: what layers hand each other beside their inputs needs the other form.
+    if any(map(_is_shared, getattr(run, "keywords", {}).values())):
+        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng_state)
     # The reentrant form saves its inputs through autograd, where hooks see them; it passes gradients on only where one of its inputs
     # needs them, which the input of the first layer does not.
     anchor = torch.zeros((), requires_grad=True)
@@ -98,6 +102,11 @@ def _checkpoint(
         hooks = torch.autograd.graph.saved_tensors_hooks(host.keep, host.bring_back)
     with hooks:
         return checkpoint(watched, anchor, *inputs, use_reentrant=True, preserve_rng_state=preserve_rng_state)
+
+
+def _is_shared(value: Any) -> bool:
+    """A place where layers leave states for later ones (Gemma 3n's keys and values), or numbers that want a gradient."""
+    return isinstance(value, dict) or (isinstance(value, torch.Tensor) and value.requires_grad)
 
 
 def _forget(out: Any) -> None:
@@ -205,29 +214,31 @@ def tile_mlps(layers: list[GradientCheckpointingLayer], tokens: int) -> None:
     """MLPs of layers that `offload_inputs` was given take rows in pieces of so many tokens: one piece's intermediates are there at a time.
 
     A piece is computed once forward and once more in its own backward pass, as often as without pieces: while the layer recomputes, the
-    MLP's output, which nothing needs then, is left out. Its weights are unpacked once for all pieces.
+    MLP's output is left out, unless a part of the layer (a norm behind the MLP) reads it. Its weights are unpacked once for all pieces.
     """
     for layer in layers:
         mlp: Any = layer.mlp
-        mlp.forward = _in_pieces(mlp, mlp.forward, tokens)
+        mlp.forward = _in_pieces(mlp, mlp.forward, tokens, is_read=not only_adds_its_mlp(layer))
 
 
 def _in_pieces(
-    mlp: torch.nn.Module, whole: Callable[[torch.Tensor], torch.Tensor], tokens: int
+    mlp: torch.nn.Module, whole: Callable[[torch.Tensor], torch.Tensor], tokens: int, is_read: bool
 ) -> Callable[[torch.Tensor], torch.Tensor]:
+    def together(hidden: torch.Tensor) -> torch.Tensor:
+        # An evaluation's layers do not use unpacked weights.
+        with unpacked(mlp) if mlp.training else contextlib.nullcontext():
+            return torch.cat([whole(piece) for piece in hidden.split(tokens, dim=1)], dim=1)
+
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         if (run := _run.get()) is not None and run.is_second:
-            return _LaterInPieces.apply(hidden, mlp, whole, tokens)
-        if hidden.shape[1] <= tokens:
-            return whole(hidden)
-        with unpacked(mlp):
-            return torch.cat([whole(piece) for piece in hidden.split(tokens, dim=1)], dim=1)
+            return _LaterInPieces.apply(hidden, mlp, whole, tokens, together if is_read else torch.zeros_like)
+        return together(hidden) if hidden.shape[1] > tokens else whole(hidden)
 
     return forward
 
 
 class _LaterInPieces(torch.autograd.Function):
-    """No output worth reading; gradients piece by piece, each piece computed when its gradient is wanted."""
+    """The output that `first` gives, none worth reading perhaps; gradients piece by piece, each computed when its gradient is wanted."""
 
     @staticmethod
     def forward(
@@ -236,6 +247,7 @@ class _LaterInPieces(torch.autograd.Function):
         mlp: torch.nn.Module,
         whole: Callable[[torch.Tensor], torch.Tensor],
         tokens: int,
+        first: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         device = hidden.device.type
         ctx.autocast = torch.autocast(
@@ -243,7 +255,7 @@ class _LaterInPieces(torch.autograd.Function):
         )
         ctx.save_for_backward(hidden)
         ctx.mlp, ctx.whole, ctx.tokens = mlp, whole, tokens
-        return torch.zeros_like(hidden)
+        return first(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -258,4 +270,4 @@ class _LaterInPieces(torch.autograd.Function):
                 torch.autograd.backward(out, wanted)
                 assert piece.grad is not None
                 found.copy_(piece.grad)
-        return grad_hidden, None, None, None
+        return grad_hidden, None, None, None, None

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from intern.linear import forget_waiting
+
 
 class Probe:
     """Steps that leave no trace: forward, backward, optimizer and evaluation on a batch, before training begins."""
@@ -49,6 +51,7 @@ class Probe:
         try:
             self._whole_step(rows)
         except torch.cuda.OutOfMemoryError:
+            forget_waiting(self.model)
             return None
         finally:
             self.model.zero_grad()

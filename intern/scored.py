@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from intern.layers import decoder_layers
+from intern.layers import decoder_layers, mlp_is_by_position
 from intern.prompt import IGNORED
 
 
@@ -21,7 +21,7 @@ class ScoredOnly:
         self._positions = torch.empty(0)
         layers = decoder_layers(model)
         mlp: Any = getattr(layers[-1], "mlp", None) if layers else None
-        if mlp is not None:
+        if mlp is not None and mlp_is_by_position(layers[-1]):
             mlp.forward = self._where_scored(mlp, mlp.forward)
 
     def look_at(self, labels: torch.Tensor) -> None:
@@ -31,12 +31,14 @@ class ScoredOnly:
         self._positions = scored.flatten().nonzero().squeeze(1)
         self._size = labels.shape
 
-    def _where_scored(self, mlp: torch.nn.Module, whole: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
-        def forward(hidden: torch.Tensor) -> Any:
-            if not mlp.training or hidden.shape[:-1] != self._size or not len(self._positions):
-                return whole(hidden)
+    def _where_scored(self, mlp: torch.nn.Module, whole: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(hidden: torch.Tensor, *more: Any, **given: Any) -> Any:
+            if not mlp.training or hidden.shape[:-1] != self._size or not len(self._positions) or more or given:
+                return whole(hidden, *more, **given)
             flat = hidden.flatten(0, 1)
             out = whole(flat[self._positions].unsqueeze(0))
+            if not isinstance(out, torch.Tensor):  # with a router's scores, of all positions
+                return whole(hidden)
             return torch.zeros_like(flat).index_copy(0, self._positions, out.squeeze(0)).view_as(hidden)
 
         return forward

@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from intern.config import build, plain
 from intern.errors import RunError, UserError
-from intern.linear import fuse_adapters
+from intern.linear import forget_waiting, fuse_adapters
 from intern.precision import Precision
 from intern.prompt import IGNORED
 from intern.run import Run
@@ -375,6 +375,7 @@ class InternTrainer(SFTTrainer):
                 -1
             ]
         except torch.cuda.OutOfMemoryError:
+            forget_waiting(model)
             if self.step_back is None:
                 self._batches = []
                 raise
