@@ -79,11 +79,13 @@ class FitMemory(TrainerCallback):
         # What recomputes decides how sums round: a run that goes on must not differ.
         if state.global_step and self.run.memory.is_file():
             before = MemoryPlan(**self.run.read_json(self.run.memory))
-        if before is not None or self.every_layer:
-            count = len(self._layers)
-            once = self._can_attend_once()
-            self._take(before or MemoryPlan(count, count, 0, 0, offloaded=not self._has_aux_loss, attends_once=once))
-            log.info("%s%s", self.plan, ", as before" if before else "")
+        if before is not None:
+            self._take(before)
+            log.info("%s, as before", before)
+        elif self.every_layer:
+            count, offloaded = len(self._layers), not self._has_aux_loss
+            once = offloaded and self._can_attend_once()
+            log.info("%s", self._take(MemoryPlan(count, count, 0, 0, offloaded=offloaded, attends_once=once)))
         else:
             self._measure(args, state)
         self.trainer.step_back = self.step_back

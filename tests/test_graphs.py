@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from intern.attention import register
-from intern.graphs import LayerGraphs, can_stand_in
+from intern.graphs import LayerGraphs
+from intern.layers import are_one_kind
 
 PACKS = ([30, 20, 50], [100], [7], [1, 1, 60, 9, 9, 9, 9, 9, 9, 9])  # lengths of the rows in each batch
 
@@ -162,11 +163,14 @@ def test_every_other_pass_is_the_layers_own(case):
     assert not calls
 
 
-def test_layers_that_differ_are_left_alone():
+@pytest.mark.parametrize("case", ["alike", "a layer says so", "only the configuration says so"])
+def test_layers_that_differ_are_known(case):
     model = adapted()
-    assert can_stand_in(layers(model))
-    layers(model)[3].attention_type = "sliding_attention"
-    assert not can_stand_in(layers(model))
+    if case == "a layer says so":
+        layers(model)[3].attention_type = "sliding_attention"
+    if case == "only the configuration says so":  # Gemma 3: each layer gets the rotation of its type
+        model.config.layer_types = ["full_attention", "sliding_attention"] * 2
+    assert are_one_kind(model, layers(model)) == (case == "alike")
 
 
 def test_layers_that_return_more_than_hidden_states_say_so():

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 
-from intern.linear import _Products, fuse_adapters, pack_weights, unpack_weights
+from intern.linear import _Products, forget_waiting, fuse_adapters, pack_weights, unpack_weights
 
 
 class Pair(torch.nn.Module):
@@ -147,6 +147,17 @@ def test_a_layer_that_gets_another_input_than_its_siblings_answers_for_that_inpu
     expected = model(x, other)
     fuse_adapters(model)
     assert torch.allclose(model(x, other), expected, atol=1e-5)
+
+
+def test_what_waits_for_siblings_that_are_not_asked_can_be_dropped():
+    model = attention(["q_proj", "k_proj", "v_proj"])
+    fuse_adapters(model)
+    module = model.get_base_model()
+    module.q_proj(torch.randn(1, 3, 128, requires_grad=True))  # memory runs out before k_proj is asked
+    siblings = module.k_proj.get_base_layer().siblings
+    assert len(siblings._waiting) == 2 and siblings._input is not None
+    forget_waiting(model)
+    assert not siblings._waiting and siblings._input is None
 
 
 def test_unpacked_weights_change_nothing_and_are_used(monkeypatch):

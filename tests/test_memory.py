@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaModel, TrainerState
 
 import intern.memory
+from intern.errors import RunError
 from intern.memory import FitMemory
 from intern.plan import MemoryPlan
 from intern.run import Run
@@ -119,6 +120,21 @@ def test_layers_run_again_in_our_own_form_and_frozen_embeddings_are_asked_for_no
     fit.on_train_end(args, state, None)
     model(input_ids=ids)
     assert seen == [True, case != "frozen", True]
+
+
+def test_layers_with_a_loss_of_their_routers_keep_the_librarys_form(tmp_path):
+    model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10))
+    model.gradient_checkpointing_enable()
+    theirs = model.layers[0]._gradient_checkpointing_func
+    fit = FitMemory(Run(tmp_path), every_layer=True)
+    args = types.SimpleNamespace(per_device_train_batch_size=1, activation_checkpointing_kwargs=None)
+    rows = Dataset.from_dict({"input_ids": [[1] * 5]})
+    fit.trainer = types.SimpleNamespace(model=model, train_dataset=rows, args=args, aux_loss_enabled=True)
+    fit.on_train_begin(args, TrainerState(stateful_callbacks=[]), None)
+    assert not fit.plan.offloaded and fit.plan.checkpointed == 2
+    assert model.layers[0]._gradient_checkpointing_func is theirs
+    with pytest.raises(RunError):
+        fit.trainer.step_back()
 
 
 @pytest.mark.parametrize(

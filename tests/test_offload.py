@@ -1,12 +1,12 @@
 """Layers that run again, inputs in host memory, MLPs in pieces: the same loss and gradients with less kept."""
 
-import types
+import functools
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from test_linear import adapted, passed
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import intern.offload
 from intern.layers import decoder_layers, draws_at_random
@@ -95,6 +95,43 @@ def test_loss_and_gradients_stay_the_same(tokens, monkeypatch):
     assert all(torch.allclose(mine, other, atol=1e-6) for mine, other in zip(found, expected, strict=True))
 
 
+def test_pieces_are_read_where_a_norm_follows_the_mlp():
+    def model_and_layers():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+        config = Gemma2Config(vocab_size=64, num_hidden_layers=2, head_dim=16, **sizes)
+        model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager").train()
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                torch.nn.init.normal_(parameter)
+        model.gradient_checkpointing_enable()
+        return model, decoder_layers(model)
+
+    expected = loss_and_gradients(model_and_layers()[0])
+    model, layers = model_and_layers()
+    offload_inputs(layers, preserve_rng_state=False)
+    tile_mlps(layers, 7)
+    found = loss_and_gradients(model)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [{}, None])
+def test_a_layer_that_leaves_states_for_others_has_gradients_in_its_first_run(shared):
+    _, layers = model_and_layers()
+    recompute(layers, preserve_rng_state=False)
+    runs = []
+
+    def layer(hidden, shared):
+        runs.append(torch.is_grad_enabled())
+        return hidden.sin()
+
+    x = torch.randn(3, requires_grad=True)
+    layers[0]._gradient_checkpointing_func(functools.partial(layer, shared=shared), x).sum().backward()
+    assert runs == [shared is not None, True]
+    assert torch.equal(x.grad, x.detach().cos())
+
+
 def test_the_output_of_a_layer_that_recomputes_takes_no_memory(monkeypatch):
     model, layers = model_and_layers()
     offload_inputs(layers, preserve_rng_state=False)
@@ -130,7 +167,9 @@ def test_weights_are_unpacked_once_for_all_pieces(monkeypatch):
     mlp.zero_grad()
     real, calls = bnb.functional.dequantize_4bit, []
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda *given: (calls.append(1), real(*given))[1])
-    tile_mlps([types.SimpleNamespace(mlp=mlp)], 8)  # 8 + 8 + 4 tokens
+    layer = torch.nn.Module()
+    layer.mlp = mlp
+    tile_mlps([layer], 8)  # 8 + 8 + 4 tokens
     with torch.no_grad():
         assert torch.allclose(mlp(x), expected[0], atol=1e-5)
     assert len(calls) == 2  # it has two weights

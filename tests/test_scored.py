@@ -42,6 +42,26 @@ def test_loss_and_gradients_stay_the_same(recomputed):
     assert all(torch.allclose(mine, other, atol=1e-6) for mine, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("case", ["a part that is not known", "more arguments", "more than one result"])
+def test_an_mlp_of_another_shape_computes_all(case):
+    model, rows = llama()
+    layer = model.model.layers[-1]
+    if case == "a part that is not known":  # a convolution over positions, perhaps
+        layer.conv = torch.nn.Identity()
+    if case == "more than one result":
+        whole = layer.mlp.forward
+        layer.mlp.forward = lambda hidden: (whole(hidden), "scores")
+    scored = ScoredOnly(model)
+    scored.look_at(LABELS)
+    hidden = torch.randn(2, 20, 32)
+    if case == "more arguments":
+        layer.mlp.forward = scored._where_scored(layer.mlp, lambda hidden, residual: hidden + residual)
+        assert torch.equal(layer.mlp(hidden, hidden), hidden * 2)
+        return
+    out = layer.mlp(hidden)
+    assert rows[-1] == 40 and isinstance(out, tuple) == (case == "more than one result")
+
+
 @pytest.mark.parametrize("case", ["evaluation", "another batch", "nothing scored"])
 def test_every_other_pass_computes_all(case):
     model, rows = llama()
