@@ -79,7 +79,7 @@ def _checkpoint(
     host: "_Host | None", keeps_results: bool, preserve_rng_state: bool, run: Callable[..., Any], *inputs: Any
 ) -> Any:
     # The first run of the reentrant form has no gradients: what layers hand each other beside their inputs needs the other form.
-    if any(map(_is_shared, getattr(run, "keywords", {}).values())):
+    if not all(map(_is_plain, getattr(run, "keywords", {}).values())):
         return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng_state)
     # The reentrant form saves its inputs through autograd, where hooks see them; it passes gradients on only where one of its inputs
     # needs them, which the input of the first layer does not.
@@ -104,9 +104,13 @@ def _checkpoint(
         return checkpoint(watched, anchor, *inputs, use_reentrant=True, preserve_rng_state=preserve_rng_state)
 
 
-def _is_shared(value: Any) -> bool:
-    """A place where layers leave states for later ones (Gemma 3n's keys and values), or numbers that want a gradient."""
-    return isinstance(value, dict) or (isinstance(value, torch.Tensor) and value.requires_grad)
+def _is_plain(value: Any) -> bool:
+    """Whether it wants no gradient, and is no place where a layer leaves states for later ones (Gemma 3n's keys and values)."""
+    if isinstance(value, torch.Tensor):
+        return not value.requires_grad
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _forget(out: Any) -> None:
