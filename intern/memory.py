@@ -22,7 +22,7 @@ from intern.attention import are_long
 from intern.errors import RunError
 from intern.graphs import LayerGraphs
 from intern.layers import are_one_kind, decoder_layers, draws_at_random
-from intern.linear import forget_waiting, pack_weights, unpack_weights
+from intern.linear import pack_weights, unpack_weights
 from intern.machine import available_memory
 from intern.offload import offload_inputs, recompute, tile_mlps
 from intern.plan import GIB, MemoryPlan, plan, smallest_change, usable
@@ -202,7 +202,6 @@ class FitMemory(TrainerCallback):
                 self._take(replace(alone, replayed=True, peak=held))
                 return replayed
         except torch.cuda.OutOfMemoryError:
-            forget_waiting(self.trainer.model)
             log.debug("CUDA graphs: no memory for them")
         except RuntimeError as error:  # something in these layers cannot be recorded
             log.info("no CUDA graphs of these layers: %s", " ".join(str(error).split())[:200])

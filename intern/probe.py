@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from intern.linear import forget_waiting
-
 
 class Probe:
     """Steps that leave no trace: forward, backward, optimizer and evaluation on a batch, before training begins."""
@@ -51,7 +49,6 @@ class Probe:
         try:
             self._whole_step(rows)
         except torch.cuda.OutOfMemoryError:
-            forget_waiting(self.model)
             return None
         finally:
             self.model.zero_grad()

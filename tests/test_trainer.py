@@ -108,7 +108,7 @@ def test_fp16_training_keeps_its_adapters_in_float32_and_counts_its_steps(tmp_pa
     assert run.read_history()[-1]["loss_scale"] > 1
 
 
-def trained_adapters(tmp_path, faults, callback=None):
+def trained_adapters(tmp_path, faults, callback=None, at="mlp"):
     """The adapters after three steps of two batches; `faults` are the passes at which memory runs out. And how often it was made room."""
     base = Base(
         OmegaConf.create({"pretrained_model_name_or_path": "data/tiny_llama3", "attn_implementation": "isolated"})
@@ -146,17 +146,24 @@ def trained_adapters(tmp_path, faults, callback=None):
     if callback is not None:
         callback.trainer = trainer
         trainer.add_callback(callback)
-    trainer.model.get_base_model().model.layers[3].mlp.register_forward_pre_hook(full)
-    trainer.step_back = lambda: room.append(len(passes))
+    layer = trainer.model.get_base_model().model.layers[3]
+    layer.get_submodule(at).register_forward_pre_hook(full)
+    siblings = layer.self_attn.k_proj.siblings
+
+    def make_room():
+        assert not siblings._waiting  # nothing of the pass that failed is held
+        room.append(len(passes))
+
+    trainer.step_back = make_room
     trainer.train()
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, room
 
 
-def test_a_step_in_which_memory_runs_out_is_taken_again_and_leaves_no_trace(tmp_path):
-    expected, nothing = trained_adapters(tmp_path, ())
-    found, room = trained_adapters(
-        tmp_path, (4, 5)
-    )  # the second batch of the second step, and the first of its repetition
+@pytest.mark.parametrize("at", ["mlp", "self_attn.k_proj"])  # the latter between layers that share a node
+def test_a_step_in_which_memory_runs_out_is_taken_again_and_leaves_no_trace(at, tmp_path):
+    expected, nothing = trained_adapters(tmp_path, (), at=at)
+    # The second batch of the second step, and the first of its repetition.
+    found, room = trained_adapters(tmp_path, (4, 5), at=at)
     assert nothing == [] and room == [4, 5]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
