@@ -106,10 +106,14 @@ class FitMemory(TrainerCallback):
         if not any(parameter.requires_grad for parameter in embeddings.parameters()):
             self._detached = embeddings.register_forward_hook(lambda module, given, out: out.detach())
 
+    @functools.cached_property
+    def _largest(self) -> list[dict[str, Any]]:
+        """The largest batch; to find it takes a look at all rows."""
+        return largest(self.trainer.train_dataset, self.trainer.args.per_device_train_batch_size)
+
     def _measure(self, args: TrainingArguments, state: TrainerState) -> None:
-        probe = Probe(self.trainer)
-        size, rows = args.per_device_train_batch_size, self.trainer.train_dataset
-        batch, ordinary = largest(rows, size), usual(rows, size)
+        probe, batch = Probe(self.trainer), self._largest
+        ordinary = usual(self.trainer.train_dataset, args.per_device_train_batch_size)
         left = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
         with probe:
             found = self._planned(probe, batch)
@@ -145,9 +149,8 @@ class FitMemory(TrainerCallback):
 
     def _can_attend_once(self) -> bool:
         """Whether attention's results are worth keeping, and half of the host's free memory holds them and the inputs of all layers."""
-        batch = largest(self.trainer.train_dataset, self.trainer.args.per_device_train_batch_size)
-        tokens = sum(len(row["input_ids"]) for row in batch)
-        rows = sum(len(row.get("seq_lengths") or [tokens]) for row in batch)
+        tokens = sum(len(row["input_ids"]) for row in self._largest)
+        rows = sum(len(row.get("seq_lengths") or [tokens]) for row in self._largest)
         config = self.trainer.model.config.get_text_config()
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         size = tokens * max(config.hidden_size, config.num_attention_heads * head_size) * _WIDTH
@@ -254,8 +257,7 @@ class FitMemory(TrainerCallback):
             self._graphs.remove()
             self._graphs = None
         if wanted.replayed and self._graphs is None:
-            batch = largest(self.trainer.train_dataset, self.trainer.args.per_device_train_batch_size)
-            lengths = [len(row["input_ids"]) for row in batch]
+            lengths = [len(row["input_ids"]) for row in self._largest]
             self._graphs = LayerGraphs(self._layers, sum(lengths), max(lengths))
         self.plan = wanted
         return wanted

@@ -26,6 +26,10 @@ class Probe:
         cap = total * torch.cuda.get_per_process_memory_fraction()
         return int(min(cap, free + torch.cuda.memory_reserved()))
 
+    @functools.cached_property
+    def _largest_golden(self) -> list[dict[str, Any]]:
+        return largest(self.trainer.eval_dataset, self.trainer.args.per_device_eval_batch_size)
+
     def __enter__(self) -> None:
         self._rng = torch.random.fork_rng(devices=list(range(torch.cuda.device_count())))
         self._rng.__enter__()
@@ -93,10 +97,10 @@ class Probe:
     def _evaluate(self) -> None:
         if self.trainer.eval_dataset is None:
             return
-        rows = largest(self.trainer.eval_dataset, self.trainer.args.per_device_eval_batch_size)
+        batch = self.trainer.data_collator(self._largest_golden)
         self.model.eval()
         try:
-            self.trainer.prediction_step(self.model, self.trainer.data_collator(rows), prediction_loss_only=True)
+            self.trainer.prediction_step(self.model, batch, prediction_loss_only=True)
         finally:
             self.model.train()
 
