@@ -168,7 +168,6 @@ def fuse_adapters(model: torch.nn.Module) -> int:
             for index, layer in enumerate(group):
                 forward = types.MethodType(_forward(siblings, index), layer)
                 setattr(layer, "forward", forward)  # noqa: B010 - mypy forbids the assignment
-                setattr(_base(layer), "fused", siblings.weights[index])  # noqa: B010
                 setattr(_base(layer), "siblings", siblings)  # noqa: B010
             count += len(group)
     return count
@@ -176,9 +175,8 @@ def fuse_adapters(model: torch.nn.Module) -> int:
 
 def forget_waiting(model: torch.nn.Module) -> None:
     """After a pass that did not come to its end: frees what layers hold for their siblings."""
-    for module in model.modules():
-        if isinstance(siblings := getattr(module, "siblings", None), _Siblings):
-            siblings.forget()
+    for siblings in _all_siblings(model):
+        siblings.forget()
 
 
 def unpack_weights(model: torch.nn.Module, room: int) -> int:
@@ -215,7 +213,13 @@ def unpacked(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _fused(model: torch.nn.Module) -> list[_Weight]:
-    return [module.fused for module in model.modules() if isinstance(getattr(module, "fused", None), _Weight)]  # type: ignore[misc]
+    return [weight for siblings in _all_siblings(model) for weight in siblings.weights]
+
+
+def _all_siblings(model: torch.nn.Module) -> list[_Siblings]:
+    """Each group once, in the order of the layers."""
+    found = [getattr(module, "siblings", None) for module in model.modules()]
+    return list(dict.fromkeys(one for one in found if isinstance(one, _Siblings)))
 
 
 def _base(layer: torch.nn.Module) -> torch.nn.Module:

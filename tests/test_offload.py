@@ -10,7 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 import intern.offload
 from intern.layers import decoder_layers, draws_at_random
-from intern.linear import fuse_adapters
+from intern.linear import _fused, fuse_adapters
 from intern.offload import _Host, offload_inputs, recompute, remembered, tile_mlps
 
 
@@ -180,7 +180,7 @@ def test_weights_are_unpacked_once_for_all_pieces(monkeypatch):
         intern.offload._run.reset(token)
     assert len(calls) == 4
     assert all(torch.allclose(mine, other, atol=1e-4) for mine, other in zip(gradients, expected[1:], strict=True))
-    assert all(module.fused.unpacked is None for module in mlp.modules() if hasattr(module, "fused"))
+    assert [weight.unpacked for weight in _fused(mlp)] == [None, None]
 
 
 class Tanh(torch.autograd.Function):
