@@ -111,7 +111,7 @@ class Judge:
         """A verdict, or the reason why none could be had: after the last retry, or where the server refuses."""
         reason, pause = "", 0.0
         for attempt in range(self._config.retries + 1):
-            time.sleep(min(pause, _LONGEST_PAUSE))
+            time.sleep(min(pause, _LONGEST_PAUSE))  # nothing before the first try, then longer each time
             pause = 0.5 * 2**attempt
             try:
                 response = client.post(self._address, json=request)

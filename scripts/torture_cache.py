@@ -70,7 +70,7 @@ def forked(rows: Path, folder: Path, after: float | None) -> tuple[str | None, f
         result.write_text(work(rows, folder))
         os._exit(0)
     if after is not None:
-        time.sleep(after)
+        time.sleep(after)  # the moment of the kill, in seconds
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     return (result.read_text() if status == 0 else None), time.monotonic() - start
