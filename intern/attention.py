@@ -3,16 +3,18 @@
 A packed batch is one long row of several short ones. A mask over it costs length x length memory and time; the kernels here get the
 rows' boundaries instead (cu_seq_lens, made once a batch by TRL's collator) and compute only what lies inside a row:
 
-- compute capability 8.0 and newer: torch's varlen_attn (flash attention), on Hopper cuDNN's kernel for long rows;
+- compute capability 8.0 and newer: torch's varlen_attn (flash attention), on Hopper cuDNN's kernel (intern/cudnn_attention.py) in runs long
+  enough to be worth its build;
 - older cards such as the T4 (7.5), where flash attention does not exist: the memory-efficient kernel's own form for packed rows;
 - CPU: one causal call for each row.
 
 Batches that are not packed (padded ones, generation) go through transformers' own SDPA attention with its masks.
 """
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,13 +22,20 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from intern.offload import remembered, remembers
+from intern import cudnn_attention
 
 NAME = "isolated"
+_UNMASKED = "isolated_unmasked"  # the same for batches that are known to need no mask
 KNOWN = (NAME, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
-_LONG = 2048  # tokens of an average row from which Hopper's cuDNN kernel, a call for each row, beats flash attention (docs/benchmarks.md)
-_FAULTY_CUDNN = 91500  # up to this version it reads beyond lengths that 128 does not divide (pytorch issue 169849); SDPA refuses it too
 _CAUSAL_FROM_TOP_LEFT = 1  # custom_mask_type of aten::_efficient_attention_forward
+
+_takes_cudnn = False  # where it can be taken
+
+
+def take_cudnn(wanted: bool) -> None:
+    """Whether packed rows are attended with cuDNN's kernel from now on, where there is one (`cudnn_attention.pays`)."""
+    global _takes_cudnn
+    _takes_cudnn = wanted
 
 
 def isolated_attention(
@@ -51,10 +60,10 @@ def isolated_attention(
     Returns:
         (batch, length, heads, head size), and no attention weights.
     """
-    boundaries = kwargs.get("cu_seq_lens_q")
+    boundaries, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     groups = getattr(module, "num_key_value_groups", 1)
-    if boundaries is None and attention_mask is None and not dropout and remembers() and _is_long_row(query, key):
-        return _cudnn(query, key, value, [query.shape[2]], scaling), None
+    if boundaries is None and attention_mask is None and _takes_cudnn and module.training and _is_one_row(query, key):
+        boundaries, longest = _whole(query.shape[2], query.device), query.shape[2]
     if boundaries is None or attention_mask is not None:
         if attention_mask is None and query.is_cuda and not has_flash_attention(query):
             # Of the kernels that are left none shares key/value heads, and SDPA would take the one that builds the whole matrix.
@@ -66,14 +75,28 @@ def isolated_attention(
     if query.device.type == "cpu":
         shared = repeat_kv(key, groups), repeat_kv(value, groups)
         return _row_by_row(query, *shared, boundaries.diff().tolist(), scaling), None
-    longest = int(kwargs["max_length_q"])
+    longest = int(longest or query.shape[2])
     if has_flash_attention(query):
-        if _is_for_cudnn(query, len(boundaries) - 1) and 1 not in (lengths := boundaries.diff().tolist()):
-            return _cudnn(query, key, value, lengths, scaling), None
-        return _flash(query, key, value, boundaries, longest, scaling, groups), None
+        flat = [tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value)]
+        out = None
+        if _takes_cudnn and cudnn_attention.is_possible(query, key):
+            out = cudnn_attention.attend(flat[0], flat[1], flat[2], boundaries, longest, scaling)
+        if out is None:
+            out = _flash(flat, boundaries, longest, scaling, groups)
+        return out.unsqueeze(0), None
     return _memory_efficient(
         query, repeat_kv(key, groups), repeat_kv(value, groups), boundaries, longest, scaling
     ), None
+
+
+def _is_one_row(query: torch.Tensor, key: torch.Tensor) -> bool:
+    return len(query) == 1 and query.shape[2] == key.shape[2] and query.is_cuda and has_flash_attention(query)
+
+
+@functools.lru_cache(maxsize=1)
+def _whole(length: int, device: torch.device) -> torch.Tensor:
+    """The boundaries of one row; all layers of a pass are given the same ones."""
+    return torch.arange(2, dtype=torch.int32, device=device) * length
 
 
 def has_flash_attention(query: torch.Tensor) -> bool:
@@ -81,90 +104,10 @@ def has_flash_attention(query: torch.Tensor) -> bool:
     return query.dtype.itemsize == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _is_long_row(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """One whole row for which the kernel of long rows is the best."""
-    is_whole = len(query) == 1 and query.shape[2] == key.shape[2] and query.dtype == key.dtype
-    return is_whole and query.is_cuda and has_flash_attention(query) and _is_for_cudnn(query, 1)
-
-
-def _is_for_cudnn(query: torch.Tensor, rows: int) -> bool:
-    """Long rows on Hopper, with heads of the size for which its kernel was tried (docs/benchmarks.md), or smaller."""
-    if torch.cuda.is_current_stream_capturing():
-        return False  # a call for each row would be recorded for these rows alone
-    _, _, length, head_size = query.shape
-    return head_size <= 128 and not head_size % 8 and are_long(length, rows)
-
-
-def are_long(tokens: int, rows: int) -> bool:
-    """Whether so many tokens in so many rows are attended with the kernel of long rows, whose results can be kept."""
-    if not torch.backends.cuda.cudnn_sdp_enabled() or (torch.backends.cudnn.version() or 0) <= _FAULTY_CUDNN:
-        return False
-    return tokens >= _LONG * rows and torch.cuda.get_device_capability()[0] == 9
-
-
-def _cudnn(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling: float | None
-) -> torch.Tensor:
-    return _each_row(lambda *row: _Cudnn.apply(*row, scaling), query, key, value, lengths)
-
-
-class _Cudnn(torch.autograd.Function):
-    """cuDNN's causal attention of one row; a layer that recomputes finds the result of its first run (intern/offload.py)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
-    ) -> torch.Tensor:
-        out, sums = remembered(lambda: _cudnn_forward(query, key, value, scaling))
-        ctx.save_for_backward(query, key, value, out, sums)
-        ctx.scaling = scaling
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_cudnn_backward(ctx.scaling, grads[0], *ctx.saved_tensors), None
-
-
-def _cudnn_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result, and for each query the logarithm of the sum that its weights are divided by."""
-    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
-    out, sums, *_ = attend(query, key, value, None, True, 0.0, True, scale=scaling)
-    return out, sums
-
-
-def _cudnn_backward(
-    scaling: float | None,
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    sums: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    unused = torch.zeros((), dtype=torch.int64, device=query.device)  # seed and offset of dropout
-    lengths = query.shape[2], key.shape[2]
-    found: tuple[torch.Tensor, ...] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        grad, query, key, value, out, sums, unused, unused, None, None, None, *lengths, 0.0, True, scale=scaling
-    )
-    return found
-
-
 def _row_by_row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling: float | None
 ) -> torch.Tensor:
     attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling)
-    return _each_row(attend, query, key, value, lengths)
-
-
-def _each_row(
-    attend: Callable[..., torch.Tensor],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lengths: list[int],
-) -> torch.Tensor:
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     rows = [attend(*part) for part in parts]
     whole = rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
@@ -172,20 +115,15 @@ def _each_row(
 
 
 def _flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    boundaries: torch.Tensor,
-    longest: int,
-    scaling: float | None,
-    groups: int,
+    flat: list[torch.Tensor], boundaries: torch.Tensor, longest: int, scaling: float | None, groups: int
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn  # its import registers CUDA kernels
 
-    flat = [tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value)]
     attend: Any = varlen_attn
-    out = attend(*flat, boundaries, boundaries, longest, longest, scale=scaling, window_size=(-1, 0), **_gqa(groups))
-    return out.unsqueeze(0)
+    out: torch.Tensor = attend(
+        *flat, boundaries, boundaries, longest, longest, scale=scaling, window_size=(-1, 0), **_gqa(groups)
+    )
+    return out
 
 
 @functools.cache
@@ -248,5 +186,21 @@ def isolated_mask(
 def register() -> str:
     """Makes the implementation known to transformers; returns its name for model.attn_implementation."""
     AttentionInterface.register(NAME, isolated_attention)
+    AttentionInterface.register(_UNMASKED, isolated_attention)
     AttentionMaskInterface.register(NAME, isolated_mask)
     return NAME
+
+
+@contextlib.contextmanager
+def no_mask(model: torch.nn.Module, batch: dict[str, Any]) -> Iterator[None]:
+    """While a packed batch goes through the model, transformers makes no mask: to find out that it needs none, it waits for the GPU."""
+    whole: Any = model.config
+    config = whole.get_text_config()
+    is_known = config._attn_implementation == NAME and "cu_seq_lens_q" in batch and "attention_mask" not in batch
+    if is_known:
+        config._attn_implementation = _UNMASKED
+    try:
+        yield
+    finally:
+        if is_known:
+            config._attn_implementation = NAME

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from intern.attention import are_long
+from intern import attention, cudnn_attention
 from intern.errors import RunError
 from intern.graphs import LayerGraphs
 from intern.layers import are_one_kind, decoder_layers, draws_at_random
@@ -33,11 +33,12 @@ log = logging.getLogger(__name__)
 
 _RESERVE = 0.1  # of the memory: stays free before weights are unpacked; with less the allocator starts to search
 _PIECE = 4096  # tokens that an MLP takes at a time where rows go in pieces
+_LONG = 2048  # tokens of an average row from which attention's results are worth a place in host memory
 _HELD = 0.03  # of the memory: stays free of what is held with CUDA graphs, fragments included
 _LAUNCHING = 0.025  # seconds a layer: Python launches its kernels in 6 to 12 ms, so beyond this the GPU is waited for
 _RECORDINGS = 8  # shapes that are recorded in a run, or fewer
 _SAME_LOSS = 0.01  # of the loss: what rounding may change
-_WIDTH = 2  # bytes of a number in 16-bit precision
+_BYTES = 2  # of a number in 16-bit precision
 
 
 class FitMemory(TrainerCallback):
@@ -84,8 +85,10 @@ class FitMemory(TrainerCallback):
             log.info("%s, as before", before)
         elif self.every_layer:
             count, offloaded = len(self._layers), not self._has_aux_loss
-            once = offloaded and self._can_attend_once()
-            log.info("%s", self._take(MemoryPlan(count, count, 0, 0, offloaded=offloaded, attends_once=once)))
+            cudnn = self._cudnn_pays(_left(args, state))
+            once = offloaded and cudnn and self._can_attend_once()
+            form = {"offloaded": offloaded, "attends_once": once, "cudnn": cudnn}
+            log.info("%s", self._take(MemoryPlan(count, count, 0, 0, **form)))
         else:
             self._measure(args, state)
         self.trainer.step_back = self.step_back
@@ -97,6 +100,7 @@ class FitMemory(TrainerCallback):
             self._graphs.remove()
         if self._detached is not None:
             self._detached.remove()
+        attention.take_cudnn(False)
         pack_weights(self.trainer.model)  # scoring and sample answers take other memory
         torch.cuda.empty_cache()
 
@@ -111,14 +115,27 @@ class FitMemory(TrainerCallback):
         """The largest batch; to find it takes a look at all rows."""
         return largest(self.trainer.train_dataset, self.trainer.args.per_device_train_batch_size)
 
+    @functools.cached_property
+    def _usual(self) -> list[dict[str, Any]]:
+        """An ordinary batch."""
+        return usual(self.trainer.train_dataset, self.trainer.args.per_device_train_batch_size)
+
+    def _cudnn_pays(self, batches: int) -> bool:
+        """Whether cuDNN's attention is worth its build in so many batches."""
+        config = self.trainer.model.config.get_text_config()
+        tokens, rows = _counted(self._usual)
+        return cudnn_attention.has_kernels() and cudnn_attention.pays(
+            batches * tokens, batches * rows, len(self._layers), _width(config)
+        )
+
     def _measure(self, args: TrainingArguments, state: TrainerState) -> None:
         probe, batch = Probe(self.trainer), self._largest
-        ordinary = usual(self.trainer.train_dataset, args.per_device_train_batch_size)
-        left = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
+        ordinary, left = self._usual, _left(args, state)
+        form = {"cudnn": self._cudnn_pays(left)}
         with probe:
-            found = self._planned(probe, batch)
+            found = self._planned(probe, batch, **form)
             if found is None and not self._has_aux_loss:
-                form = {"offloaded": True, "attends_once": self._can_attend_once()}
+                form |= {"offloaded": True, "attends_once": form["cudnn"] and self._can_attend_once()}
                 found = self._planned(probe, batch, **form) or self._planned(probe, batch, **form, tiled=True)
             if found is None:
                 raise RunError(self._no_plan(probe, batch, args))
@@ -149,13 +166,11 @@ class FitMemory(TrainerCallback):
 
     def _can_attend_once(self) -> bool:
         """Whether attention's results are worth keeping, and half of the host's free memory holds them and the inputs of all layers."""
-        tokens = sum(len(row["input_ids"]) for row in self._largest)
-        rows = sum(len(row.get("seq_lengths") or [tokens]) for row in self._largest)
+        tokens, rows = _counted(self._largest)
         config = self.trainer.model.config.get_text_config()
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        size = tokens * max(config.hidden_size, config.num_attention_heads * head_size) * _WIDTH
+        size = tokens * max(config.hidden_size, _width(config)) * _BYTES
         pinned = 1 << (size - 1).bit_length()  # in powers of two: torch's allocator rounds up to them
-        return are_long(tokens, rows) and 2 * len(self._layers) * pinned <= available_memory() / 2
+        return tokens >= _LONG * rows and 2 * len(self._layers) * pinned <= available_memory() / 2
 
     def _no_plan(self, probe: Probe, batch: list[dict[str, Any]], args: TrainingArguments) -> str:
         """What to say, with the smallest change that was tried and fits."""
@@ -253,6 +268,7 @@ class FitMemory(TrainerCallback):
         if wanted.unpacked != (now.unpacked if now else 0):
             pack_weights(self.trainer.model)
             wanted = replace(wanted, unpacked=unpack_weights(self.trainer.model, wanted.unpacked))
+        attention.take_cudnn(wanted.cudnn)
         if self._graphs is not None and now is not None and replace(wanted, peak=now.peak) != now:
             self._graphs.remove()
             self._graphs = None
@@ -261,3 +277,20 @@ class FitMemory(TrainerCallback):
             self._graphs = LayerGraphs(self._layers, sum(lengths), max(lengths))
         self.plan = wanted
         return wanted
+
+
+def _left(args: TrainingArguments, state: TrainerState) -> int:
+    """Batches that are still to come."""
+    return (state.max_steps - state.global_step) * args.gradient_accumulation_steps
+
+
+def _counted(batch: list[dict[str, Any]]) -> tuple[int, int]:
+    """Tokens of a batch, and its rows: a pack counts as those that are in it."""
+    tokens = [len(row["input_ids"]) for row in batch]
+    return sum(tokens), sum(len(row.get("seq_lengths") or [size]) for row, size in zip(batch, tokens, strict=True))
+
+
+def _width(config: Any) -> int:
+    """Numbers of all queries of a token."""
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_attention_heads * head_size)

@@ -26,6 +26,7 @@ class MemoryPlan:
     tiled: bool = False  # MLPs take rows in pieces
     unpacked: int = 0  # bytes of weights that are held unpacked as well
     replayed: bool = False  # decoder layers are replayed as CUDA graphs
+    cudnn: bool = False  # packed rows are attended with cuDNN's kernel, where there is one
 
     def __str__(self) -> str:
         return (
@@ -38,6 +39,7 @@ class MemoryPlan:
             + (", MLPs in pieces" if self.tiled else "")
             + (f", {self.unpacked / GIB:.1f} GiB for unpacked weights" if self.unpacked else "")
             + (", replayed as CUDA graphs" if self.replayed else "")
+            + (", cuDNN's attention" if self.cudnn else "")
             + (
                 f": the largest batch peaks at {self.peak / GIB:.1f} GiB of {self.budget / GIB:.1f}"
                 if self.peak

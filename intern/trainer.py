@@ -22,13 +22,14 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer
 
+from intern.attention import no_mask
 from intern.config import build, plain
 from intern.errors import RunError, UserError
 from intern.linear import forget_waiting, fuse_adapters
 from intern.precision import Precision
 from intern.prompt import IGNORED
 from intern.run import Run
-from intern.scored import ScoredOnly
+from intern.scored import POSITIONS, ScoredOnly, WithPositions
 
 log = logging.getLogger(__name__)
 
@@ -345,8 +346,12 @@ class InternTrainer(SFTTrainer):
         length = args.max_length
         if args.padding_free and not args.packing:
             args.max_length = None  # TRL insists, since it would not cut these rows: they are cut
+        prepared: Any = args.accelerator_config
+        prepared.non_blocking = args.dataloader_pin_memory  # the next batch is copied while this one is computed
         super().__init__(**kwargs)
         args.max_length = length
+        self.data_collator = WithPositions(self.data_collator)
+        self._unread: torch.Tensor | None = None  # tokens seen since the last log entry
         # TRL casts the adapters of a quantized model to bfloat16: fp16's GradScaler cannot unscale that, and small updates vanish in it.
         assert self.model is not None
         for parameter in self.model.parameters():
@@ -383,9 +388,12 @@ class InternTrainer(SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **kwargs: Any) -> Any:
         """The library's, after the last MLP was told which positions it will be asked for."""
+        scored = inputs.pop(POSITIONS)
         if self._scored is not None and model.training:
-            self._scored.look_at(inputs["labels"])
-        return super().compute_loss(model, inputs, *arguments, **kwargs)
+            self._scored.look_at(inputs["labels"].shape, scored)
+        assert self.model is not None
+        with no_mask(self.model, inputs):
+            return super().compute_loss(model, inputs, *arguments, **kwargs)
 
     def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
         """The library's; the first batch must have something to learn from, or every loss would be 0 / 0."""
@@ -397,6 +405,25 @@ class InternTrainer(SFTTrainer):
                     "no token of the first batch carries loss: look at the rows with python -m intern.preview"
                 )
         return samples, tokens
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """The library's count of tokens that are not padding, read when it is wanted: to read it here is to wait for the GPU."""
+        if "attention_mask" in inputs:
+            tokens = inputs["attention_mask"].sum()
+        else:
+            tokenizer: Any = self.processing_class
+            tokens = (inputs["input_ids"] != tokenizer.pad_token_id).sum()
+        tokens = self.accelerator.gather(tokens).sum()
+        self._unread = tokens if self._unread is None else self._unread + tokens
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **kwargs: Any) -> None:
+        """The library's; by then the state must have the count."""
+        control = self.control
+        wanted = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
+        if wanted and self._unread is not None:
+            self.state.num_input_tokens_seen += int(self._unread)
+            self._unread = None
+        super()._maybe_log_save_evaluate(*arguments, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """None: no figure of a run is made of them, and the library counts all parameters anew for every batch."""

@@ -194,6 +194,8 @@ def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: A
     config = SFTConfig(
         **common,
         activation_checkpointing=checkpointing,
+        logging_nan_inf_filter=False,  # as intern/trainer.py has it
+        include_num_input_tokens_seen="non_padding",
         dataset_kwargs={"skip_prepare_dataset": not common["packing"]},
     )
     lora = LoraConfig(**_lora(args))

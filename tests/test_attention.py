@@ -1,6 +1,8 @@
 """Packed rows never see each other: the isolated attention against every row alone."""
 
 import copy
+import itertools
+import math
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import intern.attention
+from intern import cudnn_attention
 from intern.attention import isolated_attention, register
 from intern.layers import decoder_layers
 from intern.model import Base
@@ -136,60 +139,151 @@ def test_padded_batches_and_generation_are_transformers_own(model, device):
     assert torch.equal(model.generate(**asked), reference.generate(**asked))
 
 
-def test_a_long_row_attends_once_where_layers_keep_results(monkeypatch):
-    """With the kernel that CPUs have in the place of cuDNN's."""
-    aten, calls = torch.ops.aten, []
+class _Graph:
+    """Stands for one of cuDNN's kernels: the same sizes and lists, computed row by row."""
 
-    def forward(query, key, value, scaling):
-        calls.append(query.shape)
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scaling)
+    def __init__(self, calls, sizes, is_backward):
+        self.calls, self.sizes, self.is_backward = calls, sizes, is_backward
 
-    def backward(scaling, grad, *kept):
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, *kept, 0.0, True, scale=scaling)
+    def run(self, given):
+        self.calls.append(("backward" if self.is_backward else "forward", self.sizes.heads))
+        sizes, lengths = self.sizes, given["lengths"].tolist()
+        assert len(lengths) == sizes.rows and sum(lengths) == len(given["query"]) <= sizes.tokens
+        assert max(lengths) <= sizes.longest
+        starts = (given["query_begins"] // (sizes.of_heads * sizes.head_size)).tolist()
+        assert (given["key_begins"] // (sizes.of_key_heads * sizes.head_size)).tolist() == starts
+        for row, (start, size) in enumerate(zip(starts, lengths, strict=False)):
+            if size:
+                self._row(given, slice(start, start + size), row)
 
-    def loss_and_gradients():
+    @torch.enable_grad()
+    def _row(self, given, tokens, row):
+        query, key, value = (given[name][tokens].detach().requires_grad_() for name in ("query", "key", "value"))
+        groups = self.sizes.heads // self.sizes.key_heads
+        weights = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(groups, 1)) * self.sizes.scaling
+        weights = weights.masked_fill(torch.ones(weights.shape[1:]).tril() == 0, -math.inf)
+        sums = weights.logsumexp(-1).detach()
+        kept = given["sums"][row, :, : len(query)] if self.sizes.is_padded else given["sums"][tokens].T
+        out = torch.einsum("hqk,khd->qhd", weights.softmax(-1), value.repeat_interleave(groups, 1))
+        if not self.is_backward:
+            given["out"][tokens] = out.detach()
+            kept.copy_(sums)
+            return
+        torch.testing.assert_close(kept, sums)
+        torch.testing.assert_close(given["out"][tokens], out)
+        found = torch.autograd.grad(out, (query, key, value), given["grad"][tokens])
+        for name, gradient in zip(("grad_query", "grad_key", "grad_value"), found, strict=True):
+            given[name][tokens] = gradient
+
+
+@pytest.fixture
+def fake_cudnn(monkeypatch):
+    """The calls of kernels that CPUs do not have, in their place."""
+    calls = []
+    monkeypatch.setattr(cudnn_attention, "_is_built", lambda sizes: True)
+    monkeypatch.setattr(cudnn_attention, "_forward_graph", lambda sizes: _Graph(calls, sizes, False))
+    monkeypatch.setattr(cudnn_attention, "_backward_graph", lambda sizes: _Graph(calls, sizes, True))
+    return calls
+
+
+@pytest.mark.parametrize("lengths", [[5, 1, 9, 3], [40], [3] * 30 + [60]])
+@pytest.mark.parametrize("turns", [1, 2, 4])
+def test_cudnn_is_told_where_rows_begin_and_which_heads_are_whose(lengths, turns, fake_cudnn, monkeypatch):
+    tokens, heads, key_heads, size = sum(lengths), 8, 4, 16
+    boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    torch.manual_seed(0)
+    drawn = [torch.randn(tokens, count, size) for count in (heads, key_heads, key_heads)]
+    sizes = cudnn_attention._Sizes.of(*drawn[:2], len(lengths), max(lengths), 0.3)
+    monkeypatch.setattr(cudnn_attention, "_WORKSPACE", 3 * 4 * size * sizes.tokens * heads // turns)
+
+    def out_and_gradients(attend):
+        given = [one.clone().requires_grad_() for one in drawn]
+        out = attend(*given)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+        return [out.detach(), *(one.grad for one in given)]
+
+    def whole(query, key, value):
+        rows = (one.transpose(0, 1)[None] for one in (query, key, value))
+        query, key, value = rows
+        shared = (intern.attention.repeat_kv(one, heads // key_heads) for one in (key, value))
+        return intern.attention._row_by_row(query, *shared, lengths, 0.3)[0]
+
+    found = out_and_gradients(lambda *rows: cudnn_attention.attend(*rows, boundaries, max(lengths), 0.3))
+    assert fake_cudnn == [("forward", heads)] + [("backward", heads // turns)] * turns
+    for mine, other in zip(found, out_and_gradients(whole), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+
+
+def test_a_kernel_serves_batches_of_like_size():
+    rounded = cudnn_attention._rounded
+    assert [rounded(count, 1) for count in (1, 2, 3, 1360, 2048, 2049)] == [1, 2, 4, 2048, 2048, 4096]
+    assert [rounded(count, 8) for count in (1, 7, 16, 17, 16321, 16384)] == [1, 7, 16, 18, 16384, 16384]
+    assert all(count <= rounded(count, 8) <= count * 9 / 8 for count in range(1, 3000))
+    assert len({rounded(count, 4) for count in range(1, 1025)}) < 45
+
+
+def test_a_build_pays_in_long_runs_and_sooner_with_long_rows():
+    llama = {"layers": 32, "width": 4096}
+    assert not cudnn_attention.pays(400_000, 1000, **llama)
+    assert cudnn_attention.pays(400_000, 40, **llama)
+    assert cudnn_attention.pays(16_000_000, 40_000, **llama)
+    assert not cudnn_attention.pays(16_000_000, 40_000, layers=4, width=256)
+    assert not cudnn_attention.has_kernels() or _IS_HOPPER
+
+
+def test_rows_attend_once_where_layers_keep_results(fake_cudnn, monkeypatch):
+    def loss_and_gradients(keeps_results):
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2
         )
         twin = LlamaForCausalLM._from_config(config, attn_implementation=register()).train()
         twin.gradient_checkpointing_enable()
-        offload_inputs(decoder_layers(twin), preserve_rng_state=False, keeps_results=is_long)
-        ids = torch.arange(40)[None]
-        loss = twin(input_ids=ids, labels=ids).loss
+        offload_inputs(decoder_layers(twin), preserve_rng_state=False, keeps_results=keeps_results)
+        batch = DataCollatorForLanguageModeling(pad_token_id=2, padding_free=True)(
+            [{"input_ids": list(range(40)), "seq_lengths": [15, 25]}]
+        )
+        del batch["seq_idx"]
+        loss = twin(**batch).loss
         loss.backward()
         return [loss.detach(), *(parameter.grad for parameter in twin.parameters())]
 
-    monkeypatch.setattr(intern.attention, "_cudnn_forward", forward)
-    monkeypatch.setattr(intern.attention, "_cudnn_backward", backward)
-    monkeypatch.setattr(intern.attention, "_is_long_row", lambda query, key: is_long)
-    is_long = False
-    expected = loss_and_gradients()
-    assert not calls
-    is_long = True
-    found = loss_and_gradients()
-    assert calls == [(1, 2, 40, 16)] * 3
+    expected = loss_and_gradients(False)
+    assert not fake_cudnn  # a CPU has its own way
+    monkeypatch.setattr(intern.attention, "_row_by_row", with_cudnn)
+    found = loss_and_gradients(True)
+    assert fake_cudnn == [("forward", 2)] * 3 + [("backward", 2)] * 3
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
 
 
+def with_cudnn(query, key, value, lengths, scaling):
+    boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    flat = [one[0].transpose(0, 1) for one in (query, key, value)]
+    return cudnn_attention.attend(*flat, boundaries, max(lengths), scaling)[None]
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not _IS_HOPPER, reason="needs a Hopper GPU: its kernel for long rows runs nowhere else")
-def test_the_kernel_of_long_rows_gives_what_flash_attention_gives():
-    lengths = [3000, 5000]
+@pytest.mark.skipif(not cudnn_attention.has_kernels(), reason="needs a Hopper GPU and cuDNN's frontend")
+@pytest.mark.parametrize("lengths", [[3000, 5000], [1, 2047, 3, 129, 500, 1, 63], [7] * 300 + [4096]])
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cudnn_gives_what_flash_attention_gives(lengths, turns, dtype, monkeypatch):
     generator = torch.Generator("cuda").manual_seed(0)
-    shapes = [(1, 8000, heads, 128) for heads in (8, 2, 2)]
-    drawn = [torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for shape in shapes]
-    boundaries = torch.tensor([0, 3000, 8000], dtype=torch.int32, device="cuda")
+    drawn = [
+        torch.randn((sum(lengths), heads, 128), generator=generator, device="cuda", dtype=dtype) for heads in (8, 2, 2)
+    ]
+    boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+    monkeypatch.setattr(cudnn_attention, "_WORKSPACE", 2**40 if turns == 1 else 1)
 
     def out_and_gradients(attend):
-        rows = [one.transpose(1, 2).detach().requires_grad_() for one in drawn]
-        out = attend(*rows)
-        out.backward(torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out).to(out.dtype))
-        return [out.detach(), *(row.grad for row in rows)]
+        given = [one.clone().requires_grad_() for one in drawn]
+        out = attend(*given)
+        out.backward(torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out).to(dtype))
+        return [out.detach(), *(one.grad for one in given)]
 
-    ours = out_and_gradients(lambda *rows: intern.attention._cudnn(*rows, lengths, 0.09))
-    flash = out_and_gradients(lambda *rows: intern.attention._flash(*rows, boundaries, 5000, 0.09, 4))
+    ours = out_and_gradients(lambda *rows: cudnn_attention.attend(*rows, boundaries, max(lengths), 0.09))
+    flash = out_and_gradients(lambda *rows: intern.attention._flash(list(rows), boundaries, max(lengths), 0.09, 4))
     for mine, other in zip(ours, flash, strict=True):
         assert torch.linalg.norm((mine - other).float()) < 0.01 * torch.linalg.norm(other.float())
 

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaModel, TrainerState
 
 import intern.memory
+from intern import attention, cudnn_attention
 from intern.errors import RunError
 from intern.memory import FitMemory
 from intern.plan import MemoryPlan
@@ -127,7 +128,9 @@ def test_layers_with_a_loss_of_their_routers_keep_the_librarys_form(tmp_path):
     model.gradient_checkpointing_enable()
     theirs = model.layers[0]._gradient_checkpointing_func
     fit = FitMemory(Run(tmp_path), every_layer=True)
-    args = types.SimpleNamespace(per_device_train_batch_size=1, activation_checkpointing_kwargs=None)
+    args = types.SimpleNamespace(
+        per_device_train_batch_size=1, gradient_accumulation_steps=1, activation_checkpointing_kwargs=None
+    )
     rows = Dataset.from_dict({"input_ids": [[1] * 5]})
     fit.trainer = types.SimpleNamespace(model=model, train_dataset=rows, args=args, aux_loss_enabled=True)
     fit.on_train_begin(args, TrainerState(stateful_callbacks=[]), None)
@@ -138,23 +141,35 @@ def test_layers_with_a_loss_of_their_routers_keep_the_librarys_form(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("free", "is_long", "once"),
+    ("free", "is_long", "has_kernels", "once"),
     [
-        (2 * 2 * 4 * 2**20, True, True),  # twice two tensors for four layers, each of 700,000 bytes that take 2**20
-        (2 * 2 * 4 * 2**20 - 1, True, False),
-        (GIB, False, False),  # another kernel's results are not kept
+        (
+            2 * 2 * 4 * 2**20,
+            True,
+            True,
+            True,
+        ),  # twice two tensors for four layers, each of 700,000 bytes that take 2**20
+        (2 * 2 * 4 * 2**20 - 1, True, True, False),
+        (GIB, False, True, False),  # short rows are soon attended again
+        (GIB, True, False, False),  # another kernel's results are not kept
     ],
 )
-def test_results_of_attention_are_kept_where_the_host_has_room(free, is_long, once, tmp_path, monkeypatch):
+def test_results_of_attention_are_kept_where_the_host_has_room(free, is_long, has_kernels, once, tmp_path, monkeypatch):
     model = LlamaModel(LlamaConfig(num_hidden_layers=4, hidden_size=100, num_attention_heads=2, vocab_size=10))
-    rows = Dataset.from_dict({"input_ids": [[1] * 5, [1] * 3500], "seq_lengths": [[5], [1000, 2500]]})
+    rows = Dataset.from_dict(
+        {"input_ids": [[1] * 5, [1] * 3500], "seq_lengths": [[5], [3500] if is_long else [1000, 2500]]}
+    )
     fit = FitMemory(Run(tmp_path), every_layer=True)
-    args = types.SimpleNamespace(per_device_train_batch_size=1, activation_checkpointing_kwargs=None)
+    args = types.SimpleNamespace(
+        per_device_train_batch_size=1, gradient_accumulation_steps=1, activation_checkpointing_kwargs=None
+    )
     fit.trainer = types.SimpleNamespace(model=model, train_dataset=rows, args=args)
     monkeypatch.setattr(intern.memory, "available_memory", lambda: free)
-    monkeypatch.setattr(intern.memory, "are_long", lambda tokens, rows: is_long and (tokens, rows) == (3500, 2))
-    fit.on_train_begin(args, TrainerState(stateful_callbacks=[]), None)
-    assert fit.plan == MemoryPlan(4, 4, 0, 0, offloaded=True, attends_once=once)
+    monkeypatch.setattr(cudnn_attention, "has_kernels", lambda: has_kernels)
+    monkeypatch.setattr(attention, "_takes_cudnn", False)  # put back afterwards
+    fit.on_train_begin(args, TrainerState(stateful_callbacks=[], max_steps=10**10), None)
+    assert fit.plan == MemoryPlan(4, 4, 0, 0, offloaded=True, attends_once=once, cudnn=has_kernels)
+    assert attention._takes_cudnn == has_kernels
     told = "their inputs and attention in host memory" if once else "their inputs in host memory"
     assert told in str(fit.plan)
     form = model.layers[0]._gradient_checkpointing_func

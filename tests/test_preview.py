@@ -214,7 +214,7 @@ def test_what_is_shown_is_what_the_trainers_collator_gives(packing, tmp_path):
     )  # fmt: skip
     assert material.packs.to_list() == trainer.train_dataset.to_list()
     assert material.packs._fingerprint == trainer.train_dataset._fingerprint  # so training finds them in the cache
-    ours, theirs = build_collator(material.args, material.tokenizer), trainer.data_collator
+    ours, theirs = build_collator(material.args, material.tokenizer), trainer.data_collator.collate
     assert ours == theirs
     batch = theirs([trainer.train_dataset[0], trainer.train_dataset[1]])
     again = ours([material.packs[0], material.packs[1]])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from intern.scored import ScoredOnly
+from intern.scored import ScoredOnly, positions
 
 IDS = torch.arange(40).reshape(2, 20) % 64
 LABELS = torch.where(torch.arange(20) < 14, -100, IDS)
@@ -36,7 +36,7 @@ def test_loss_and_gradients_stay_the_same(recomputed):
     if recomputed:
         model.gradient_checkpointing_enable()
     scored = ScoredOnly(model)
-    scored.look_at(LABELS)
+    scored.look_at(LABELS.shape, positions(LABELS))
     found = loss_and_gradients(model)
     assert set(rows) == {2 * 6}  # the positions before the six labelled tokens of each row
     assert all(torch.allclose(mine, other, atol=1e-6) for mine, other in zip(found, expected, strict=True))
@@ -52,7 +52,7 @@ def test_an_mlp_of_another_shape_computes_all(case):
         whole = layer.mlp.forward
         layer.mlp.forward = lambda hidden: (whole(hidden), "scores")
     scored = ScoredOnly(model)
-    scored.look_at(LABELS)
+    scored.look_at(LABELS.shape, positions(LABELS))
     hidden = torch.randn(2, 20, 32)
     if case == "more arguments":
         layer.mlp.forward = scored._where_scored(layer.mlp, lambda hidden, residual: hidden + residual)
@@ -66,7 +66,8 @@ def test_an_mlp_of_another_shape_computes_all(case):
 def test_every_other_pass_computes_all(case):
     model, rows = llama()
     scored = ScoredOnly(model)
-    scored.look_at(torch.full_like(LABELS, -100) if case == "nothing scored" else LABELS)
+    labels = torch.full_like(LABELS, -100) if case == "nothing scored" else LABELS
+    scored.look_at(labels.shape, positions(labels))
     ids = IDS[:, :15] if case == "another batch" else IDS
     plain = llama()[0]
     if case == "evaluation":

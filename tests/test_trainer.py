@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from omegaconf import OmegaConf
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, TrainerCallback, TrainerControl, TrainerState
+from transformers import BitsAndBytesConfig, TrainerCallback, TrainerControl, TrainerState, masking_utils
 from trl import SFTConfig
 
 import intern.memory
@@ -108,6 +108,18 @@ def test_fp16_training_keeps_its_adapters_in_float32_and_counts_its_steps(tmp_pa
     assert run.read_history()[-1]["loss_scale"] > 1
 
 
+def test_packed_rows_train_without_a_look_for_a_mask(tmp_path, monkeypatch):
+    """Which would wait for the GPU in every step."""
+    from test_finetune import train
+
+    def look(position_ids):
+        raise AssertionError("a look at the position of every token")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", look)
+    run = train(tmp_path / "run", "trainer.packing=true", "trainer.eval_strategy=steps", "trainer.eval_steps=4")
+    assert run.read_json(run.metrics)["optimizer_steps"] == 12
+
+
 def trained_adapters(tmp_path, faults, callback=None, at="mlp"):
     """The adapters after three steps of two batches; `faults` are the passes at which memory runs out. And how often it was made room."""
     base = Base(
@@ -126,6 +138,7 @@ def trained_adapters(tmp_path, faults, callback=None, at="mlp"):
         report_to=[],
         save_strategy="no",
         seed=1,
+        include_num_input_tokens_seen="non_padding",
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     trainer = InternTrainer(
@@ -156,6 +169,7 @@ def trained_adapters(tmp_path, faults, callback=None, at="mlp"):
 
     trainer.step_back = make_room
     trainer.train()
+    assert trainer.state.num_input_tokens_seen == 3 * 2 * 30  # read at the end alone: no log entry comes before
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, room
 
 
