@@ -5,6 +5,7 @@ boundaries are read on the GPU. Nothing waits for the GPU, and all batches of a 
 kernels is no way to them: it is slow and wrong for packed rows with shared key/value heads (docs/benchmarks.md).
 """
 
+import collections
 import functools
 import logging
 import math
@@ -91,10 +92,8 @@ class _Sizes:
     rows: int
     tokens: int
     longest: int
-    heads: int  # that one call takes
+    heads: int
     key_heads: int
-    of_heads: int  # that there are
-    of_key_heads: int
     head_size: int
     dtype: torch.dtype
     scaling: float
@@ -105,13 +104,11 @@ class _Sizes:
     def of(cls, query: torch.Tensor, key: torch.Tensor, rows: int, longest: int, scaling: float | None) -> "_Sizes":
         tokens, heads, head_size = query.shape
         return cls(
-            rows=_rounded(rows, 4),
+            rows=_rounded(rows, 1),
             tokens=_rounded(tokens, 8),
             longest=_rounded(longest, 1),
             heads=heads,
             key_heads=key.shape[1],
-            of_heads=heads,
-            of_key_heads=key.shape[1],
             head_size=head_size,
             dtype=query.dtype,
             scaling=scaling or 1 / math.sqrt(head_size),
@@ -126,7 +123,7 @@ class _Sizes:
 
     def sums(self, tokens: int) -> tuple[int, ...]:
         """The shape of the logarithms of the sums that the weights are divided by."""
-        return (self.rows, self.of_heads, self.longest) if self.is_padded else (tokens, self.of_heads)
+        return (self.rows, self.heads, self.longest) if self.is_padded else (tokens, self.heads)
 
     def at_a_time(self) -> "_Sizes":
         """With as many heads as a backward pass takes at once: it adds up all three gradients in float32, for every query head."""
@@ -152,27 +149,26 @@ class _Attention(torch.autograd.Function):
         boundaries: torch.Tensor,
         sizes: _Sizes,
     ) -> torch.Tensor:
-        rows = _rows(boundaries, sizes)
-        out, sums = remembered(lambda: _forward(query, key, value, rows, sizes))
+        out, sums = remembered(lambda: _forward(query, key, value, boundaries, sizes))
         ctx.save_for_backward(query, key, value, out, sums)
-        ctx.rows, ctx.sizes = rows, sizes
+        ctx.boundaries, ctx.sizes = boundaries, sizes
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, sums = ctx.saved_tensors
         found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        tensors = {
-            **dict(zip(("query", "key", "value"), (query, key, value), strict=True)),
-            **dict(zip(("grad_query", "grad_key", "grad_value"), found, strict=True)),
-            "out": out,
-            "grad": grads[0].contiguous(),
-            "sums": sums,
-        }
+        given = {"query": query, "key": key, "value": value, "out": out, "grad": grads[0].contiguous(), "sums": sums}
+        results = dict(zip(("grad_query", "grad_key", "grad_value"), found, strict=True))
         part = ctx.sizes.at_a_time()
-        graph = _backward_graph(part)
+        graph, rows = _backward_graph(part), _rows(ctx.boundaries, part)
         for turn in range(ctx.sizes.key_heads // part.key_heads):
-            graph.run({name: _heads(name, tensor, turn, part) for name, tensor in tensors.items()} | ctx.rows)
+            # cuDNN takes room for all that strides span, so a part of the heads must lie by itself.
+            parts = {name: _heads(name, tensor, turn, part).contiguous() for name, tensor in (given | results).items()}
+            graph.run(parts | rows)
+            for name, tensor in results.items():
+                if (whole := _heads(name, tensor, turn, part)).data_ptr() != parts[name].data_ptr():
+                    whole.copy_(parts[name])
         return *found, None, None
 
 
@@ -183,36 +179,40 @@ def _heads(name: str, tensor: torch.Tensor, turn: int, part: _Sizes) -> torch.Te
 
 
 def _forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: dict[str, torch.Tensor], sizes: _Sizes
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, sizes: _Sizes
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty_like(query)
     sums = torch.empty(sizes.sums(len(query)), dtype=torch.float32, device=query.device)
-    _forward_graph(sizes).run({"query": query, "key": key, "value": value, "out": out, "sums": sums} | rows)
+    _forward_graph(sizes).run(
+        {"query": query, "key": key, "value": value, "out": out, "sums": sums} | _rows(boundaries, sizes)
+    )
     return out, sums
 
 
-_last: tuple["weakref.ref[torch.Tensor]", _Sizes, dict[str, torch.Tensor]] | None = None
+_kept_rows: collections.deque[tuple["weakref.ref[torch.Tensor]", _Sizes, dict[str, torch.Tensor]]] = collections.deque(
+    maxlen=2
+)
 
 
 def _rows(boundaries: torch.Tensor, sizes: _Sizes) -> dict[str, torch.Tensor]:
     """Lengths of the rows, and where each begins in queries, keys and sums; rows that only fill up have no tokens.
 
-    All layers of a pass are given the same boundaries, so they are worked out once.
+    All layers of a pass are given the same boundaries, so they are worked out once for its forward and its backward kernels.
     """
-    global _last
-    if _last is not None and _last[0]() is boundaries and _last[1] == sizes:
-        return _last[2]
+    for kept, kept_sizes, rows in _kept_rows:
+        if kept() is boundaries and kept_sizes == sizes:
+            return rows
     filling = (0, sizes.rows + 1 - len(boundaries))
     lengths = torch.nn.functional.pad(boundaries.diff(), filling)
     begins = torch.nn.functional.pad(boundaries, (0, filling[1]), value=0).long()
     begins[len(boundaries) :] = boundaries[-1]
     rows = {
         "lengths": lengths,
-        "query_begins": begins * sizes.of_heads * sizes.head_size,
-        "key_begins": begins * sizes.of_key_heads * sizes.head_size,
-        "sum_begins": begins * sizes.of_heads,
+        "query_begins": begins * sizes.heads * sizes.head_size,
+        "key_begins": begins * sizes.key_heads * sizes.head_size,
+        "sum_begins": begins * sizes.heads,
     }
-    _last = weakref.ref(boundaries), sizes, rows
+    _kept_rows.append((weakref.ref(boundaries), sizes, rows))
     return rows
 
 
@@ -252,14 +252,12 @@ class _Graph:
     def _layout(self, name: str) -> tuple[list[int], list[int]]:
         """Sizes and strides of (rows, heads, longest, head size); where a row begins stands in its list."""
         sizes = self._sizes
-        is_key = name.endswith(("key", "value"))
-        heads, of_heads = (sizes.key_heads, sizes.of_key_heads) if is_key else (sizes.heads, sizes.of_heads)
-        width = of_heads * sizes.head_size
+        heads = sizes.key_heads if name.endswith(("key", "value")) else sizes.heads
         dim = [sizes.rows, heads, sizes.longest, sizes.head_size]
         if name != "sums":
-            return dim, [sizes.longest * width, sizes.head_size, width, 1]
-        strides = [sizes.longest, 1] if sizes.is_padded else [1, of_heads]
-        return [*dim[:3], 1], [sizes.longest * of_heads, *strides, 1]
+            return dim, [sizes.longest * heads * sizes.head_size, sizes.head_size, heads * sizes.head_size, 1]
+        strides = [sizes.longest, 1] if sizes.is_padded else [1, heads]
+        return [*dim[:3], 1], [sizes.longest * heads, *strides, 1]
 
     def _begins(self, name: str) -> Any:
         if name == "sums":

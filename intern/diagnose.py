@@ -73,14 +73,22 @@ def check_imports(facts: Facts) -> Check:
     return Check("imports", GREEN, "every library loads")
 
 
+_HOPPERS = "nvidia-cudnn-frontend"  # of no use to other cards
+
+
 def check_accelerators(facts: Facts) -> Check:
     """What makes a GPU faster and may be missing."""
     if facts.on_cpu:
         return Check("accelerators", GREEN, "not needed on a CPU")
+    import torch
+
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     _, wanted = requirements()
     remedy = "pip install '.[gpu]'"
     missing = []
     for requirement in wanted:
+        if requirement.name == _HOPPERS and not is_hopper:
+            continue
         if requirement.marker is not None and requirement.marker.evaluate({"extra": "gpu"}):
             try:
                 found = importlib.metadata.version(requirement.name)

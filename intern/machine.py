@@ -32,7 +32,7 @@ def requirements() -> tuple[str, list[Requirement]]:
         return str(metadata["Requires-Python"]), [Requirement(line) for line in lines]
     table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
     extras = [
-        f"{line}; extra == '{extra}'"
+        f"{line} {'and' if ';' in line else ';'} extra == '{extra}'"
         for extra, lines in table.get("optional-dependencies", {}).items()
         for line in lines
     ]

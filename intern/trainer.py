@@ -25,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from intern.attention import no_mask
 from intern.config import build, plain
 from intern.errors import RunError, UserError
+from intern.head import score_positions
 from intern.linear import forget_waiting, fuse_adapters
 from intern.precision import Precision
 from intern.prompt import IGNORED
@@ -351,7 +352,9 @@ class InternTrainer(SFTTrainer):
         super().__init__(**kwargs)
         args.max_length = length
         self.data_collator = WithPositions(self.data_collator)
-        self._unread: torch.Tensor | None = None  # tokens seen since the last log entry
+        # Counts and figures of batches since they were read last: to read one is to wait for all that the GPU was given.
+        self._tokens: list[torch.Tensor] = []
+        self._figures: list[torch.Tensor] = []
         # TRL casts the adapters of a quantized model to bfloat16: fp16's GradScaler cannot unscale that, and small updates vanish in it.
         assert self.model is not None
         for parameter in self.model.parameters():
@@ -359,6 +362,10 @@ class InternTrainer(SFTTrainer):
                 parameter.data = parameter.data.to(torch.float32)
         fuse_adapters(self.model)
         self._scored = None if self.aux_loss_enabled else ScoredOnly(self.model)
+        adapted: Any = self.model
+        self._has_head = self._scored is not None and score_positions(adapted.get_base_model())
+        asked = args.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None
+        self._has_plain_loss = self._has_head and not asked and self.accelerator.parallelism_config is None
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The library's; where GPU memory runs out, the whole optimizer step's batches again after `step_back` made room."""
@@ -388,12 +395,34 @@ class InternTrainer(SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **kwargs: Any) -> Any:
         """The library's, after the last MLP was told which positions it will be asked for."""
-        scored = inputs.pop(POSITIONS)
+        scored = inputs[POSITIONS] if self._has_head else inputs.pop(POSITIONS)
         if self._scored is not None and model.training:
             self._scored.look_at(inputs["labels"].shape, scored)
         assert self.model is not None
         with no_mask(self.model, inputs):
+            if model.training and self._has_plain_loss and not arguments and kwargs.keys() == {"num_items_in_batch"}:
+                return self._plain_loss(model, inputs, **kwargs)
             return super().compute_loss(model, inputs, *arguments, **kwargs)
+
+    def _plain_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        """What TRL's compute_loss gives and keeps of an ordinary batch; its figures are read later."""
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        figures = torch.stack([outputs.label_mask.sum(), outputs.entropy.sum(), outputs.is_top1.sum()])
+        self._figures.append(self.accelerator.gather(figures).view(-1, 3).sum(0))
+        items = len(outputs.log_probs) if num_items_in_batch is None else num_items_in_batch
+        loss: torch.Tensor = -outputs.log_probs.sum() / torch.as_tensor(items).clamp(min=1)
+        shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        return loss * self.accelerator.num_processes if shared else loss
+
+    def _read_figures(self) -> None:
+        """Hands over what was counted: tokens to the state, figures to the next log entry."""
+        if self._tokens:
+            self.state.num_input_tokens_seen += int(torch.stack(self._tokens).sum())
+        kept = self._metrics["train"]
+        for scored, entropy, right in torch.stack(self._figures).tolist() if self._figures else []:
+            kept["entropy"].append(entropy / max(1, scored))
+            kept["mean_token_accuracy"].append(right / max(1, scored))
+        self._tokens, self._figures = [], []
 
     def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
         """The library's; the first batch must have something to learn from, or every loss would be 0 / 0."""
@@ -407,22 +436,19 @@ class InternTrainer(SFTTrainer):
         return samples, tokens
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """The library's count of tokens that are not padding, read when it is wanted: to read it here is to wait for the GPU."""
+        """The library's count of tokens that are not padding, read later."""
         if "attention_mask" in inputs:
             tokens = inputs["attention_mask"].sum()
         else:
             tokenizer: Any = self.processing_class
             tokens = (inputs["input_ids"] != tokenizer.pad_token_id).sum()
-        tokens = self.accelerator.gather(tokens).sum()
-        self._unread = tokens if self._unread is None else self._unread + tokens
+        self._tokens.append(self.accelerator.gather(tokens).sum())
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **kwargs: Any) -> None:
-        """The library's; by then the state must have the count."""
+        """The library's; by then what was counted must have been read."""
         control = self.control
-        wanted = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
-        if wanted and self._unread is not None:
-            self.state.num_input_tokens_seen += int(self._unread)
-            self._unread = None
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self._read_figures()
         super()._maybe_log_save_evaluate(*arguments, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -433,6 +459,7 @@ class InternTrainer(SFTTrainer):
         """Takes back what a step outside of training has left in the figures of the next log entry."""
         for figures in self._metrics.values():
             figures.clear()
+        self._figures = []
         self._total_train_tokens = 0
 
     def evaluation_loop(self, *arguments: Any, **kwargs: Any) -> EvalLoopOutput:

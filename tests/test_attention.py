@@ -150,8 +150,8 @@ class _Graph:
         sizes, lengths = self.sizes, given["lengths"].tolist()
         assert len(lengths) == sizes.rows and sum(lengths) == len(given["query"]) <= sizes.tokens
         assert max(lengths) <= sizes.longest
-        starts = (given["query_begins"] // (sizes.of_heads * sizes.head_size)).tolist()
-        assert (given["key_begins"] // (sizes.of_key_heads * sizes.head_size)).tolist() == starts
+        starts = (given["query_begins"] // (sizes.heads * sizes.head_size)).tolist()
+        assert (given["key_begins"] // (sizes.key_heads * sizes.head_size)).tolist() == starts
         for row, (start, size) in enumerate(zip(starts, lengths, strict=False)):
             if size:
                 self._row(given, slice(start, start + size), row)
@@ -219,7 +219,6 @@ def test_a_kernel_serves_batches_of_like_size():
     assert [rounded(count, 1) for count in (1, 2, 3, 1360, 2048, 2049)] == [1, 2, 4, 2048, 2048, 4096]
     assert [rounded(count, 8) for count in (1, 7, 16, 17, 16321, 16384)] == [1, 7, 16, 18, 16384, 16384]
     assert all(count <= rounded(count, 8) <= count * 9 / 8 for count in range(1, 3000))
-    assert len({rounded(count, 4) for count in range(1, 1025)}) < 45
 
 
 def test_a_build_pays_in_long_runs_and_sooner_with_long_rows():

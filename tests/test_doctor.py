@@ -128,7 +128,10 @@ def test_the_supported_ranges_are_the_projects_own():
     python, wanted = requirements()
     names = {one.name for one in wanted if one.marker is None}
     assert python == ">=3.11" and {"torch", "trl", "peft", "bitsandbytes", "packaging", "psutil"} <= names
-    assert [one.name for one in wanted if one.marker is not None and "gpu" in str(one.marker)] == ["liger-kernel"]
+    assert [one.name for one in wanted if one.marker is not None and "gpu" in str(one.marker)] == [
+        "liger-kernel",
+        "nvidia-cudnn-frontend",
+    ]
 
 
 def test_an_old_python_is_red(monkeypatch):

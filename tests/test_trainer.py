@@ -6,11 +6,12 @@ import types
 
 import pytest
 import torch
+import trl.trainer.utils
 from datasets import Dataset
 from omegaconf import OmegaConf
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainerControl, TrainerState, masking_utils
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 import intern.memory
 from intern.errors import RunError
@@ -108,7 +109,7 @@ def test_fp16_training_keeps_its_adapters_in_float32_and_counts_its_steps(tmp_pa
     assert run.read_history()[-1]["loss_scale"] > 1
 
 
-def test_packed_rows_train_without_a_look_for_a_mask(tmp_path, monkeypatch):
+def test_packed_rows_train_without_a_look_for_a_mask_or_for_what_is_scored(tmp_path, monkeypatch):
     """Which would wait for the GPU in every step."""
     from test_finetune import train
 
@@ -116,11 +117,12 @@ def test_packed_rows_train_without_a_look_for_a_mask(tmp_path, monkeypatch):
         raise AssertionError("a look at the position of every token")
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", look)
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", None)  # TRL's head, which looks for labels
     run = train(tmp_path / "run", "trainer.packing=true", "trainer.eval_strategy=steps", "trainer.eval_steps=4")
     assert run.read_json(run.metrics)["optimizer_steps"] == 12
 
 
-def trained_adapters(tmp_path, faults, callback=None, at="mlp"):
+def trained_adapters(tmp_path, faults, callback=None, at="mlp", **more):
     """The adapters after three steps of two batches; `faults` are the passes at which memory runs out. And how often it was made room."""
     base = Base(
         OmegaConf.create({"pretrained_model_name_or_path": "data/tiny_llama3", "attn_implementation": "isolated"})
@@ -140,6 +142,7 @@ def trained_adapters(tmp_path, faults, callback=None, at="mlp"):
         seed=1,
         include_num_input_tokens_seen="non_padding",
         dataset_kwargs={"skip_prepare_dataset": True},
+        **more,
     )
     trainer = InternTrainer(
         StepRules(3, 5),
@@ -171,6 +174,29 @@ def trained_adapters(tmp_path, faults, callback=None, at="mlp"):
     trainer.train()
     assert trainer.state.num_input_tokens_seen == 3 * 2 * 30  # read at the end alone: no log entry comes before
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, room
+
+
+class Logs(TrainerCallback):
+    """What is logged, but for times."""
+
+    def __init__(self):
+        self.entries = []
+
+    def on_log(self, *_, logs, **given):
+        kept = ("loss", "entropy", "mean_token_accuracy", "grad_norm", "num_input_tokens_seen")
+        self.entries.append({name: logs[name] for name in kept if name in logs})
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_loss_and_figures_are_trls(steps, tmp_path, monkeypatch):
+    ours, theirs = Logs(), Logs()
+    found, _ = trained_adapters(tmp_path, (), ours, logging_steps=steps)
+    monkeypatch.setattr(InternTrainer, "_plain_loss", SFTTrainer.compute_loss)
+    expected, _ = trained_adapters(tmp_path, (), theirs, logging_steps=steps)
+    assert len(ours.entries) == 3 // steps + 1 and ours.entries[0].keys() >= {"loss", "entropy", "mean_token_accuracy"}
+    for mine, other in zip(ours.entries, theirs.entries, strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("at", ["mlp", "self_attn.k_proj"])  # the latter between layers that share a node
