@@ -104,9 +104,9 @@ class _Sizes:
     def of(cls, query: torch.Tensor, key: torch.Tensor, rows: int, longest: int, scaling: float | None) -> "_Sizes":
         tokens, heads, head_size = query.shape
         return cls(
-            rows=_rounded(rows, 1),
-            tokens=_rounded(tokens, 8),
-            longest=_rounded(longest, 1),
+            rows=_rounded(rows, 8),
+            tokens=_rounded(tokens, 2, steps=8),
+            longest=_rounded(longest, 2),
             heads=heads,
             key_heads=key.shape[1],
             head_size=head_size,
@@ -133,10 +133,13 @@ class _Sizes:
         return replace(self, heads=self.heads // self.key_heads * count, key_heads=count)
 
 
-def _rounded(count: int, parts: int) -> int:
-    """Up to the next of so many sizes between two powers of two."""
-    step = max(1, (1 << (count - 1).bit_length()) // 2 // parts) if count > 1 else 1
-    return -(-count // step) * step
+def _rounded(count: int, base: int, steps: int = 1) -> int:
+    """Up to the next power of `base`, or to the next of so many steps on the way there."""
+    power = 1
+    while power < count:
+        power *= base
+    step = max(1, power // base // steps)
+    return power if steps == 1 else -(-count // step) * step
 
 
 class _Attention(torch.autograd.Function):

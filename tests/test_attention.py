@@ -216,9 +216,10 @@ def test_cudnn_is_told_where_rows_begin_and_which_heads_are_whose(lengths, turns
 
 def test_a_kernel_serves_batches_of_like_size():
     rounded = cudnn_attention._rounded
-    assert [rounded(count, 1) for count in (1, 2, 3, 1360, 2048, 2049)] == [1, 2, 4, 2048, 2048, 4096]
-    assert [rounded(count, 8) for count in (1, 7, 16, 17, 16321, 16384)] == [1, 7, 16, 18, 16384, 16384]
-    assert all(count <= rounded(count, 8) <= count * 9 / 8 for count in range(1, 3000))
+    assert [rounded(count, 2) for count in (1, 2, 3, 1360, 2048, 2049)] == [1, 2, 4, 2048, 2048, 4096]
+    assert [rounded(count, 8) for count in (1, 2, 8, 9, 45, 64, 65)] == [1, 8, 8, 64, 64, 64, 512]
+    assert [rounded(count, 2, 8) for count in (1, 7, 16, 17, 16321, 16384)] == [1, 7, 16, 18, 16384, 16384]
+    assert all(count <= rounded(count, 2, 8) <= count * 9 / 8 for count in range(1, 3000))
 
 
 def test_a_build_pays_in_long_runs_and_sooner_with_long_rows():
