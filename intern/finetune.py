@@ -32,7 +32,6 @@ from intern.libraries import route_messages
 from intern.lora import build_lora
 from intern.memory import FitMemory
 from intern.model import Base
-from intern.plot import plot_loss
 from intern.precision import Precision, plan_training
 from intern.prompt import Prompt
 from intern.quant import build_quant
@@ -130,6 +129,8 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
             plan.tokenizer.save_pretrained(str(folder))
         metrics |= _evaluate(model, plan)
         tracker.report(run, metrics, _sample_answers(model, plan, tracker.sample_answers))
+        from intern.plot import plot_loss  # matplotlib takes a third of a second that the first step need not wait for
+
         plot_loss(run.read_history(), run.loss_plot, metrics["best_step"])
         run.write_json(run.metrics, metrics | peak_memory())
     log.info("saved %s", run.path)
