@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _HEAD_SIZE = 128  # the largest for which the backward kernel was tried
 _WORKSPACE = 2**30  # bytes that a backward pass may take beside its gradients; above, heads are taken in turns
 _PADDED = (
-    8  # times the tokens: up to here the sums have one place for each row and the longest row, which is faster to read
+    8  # times the tokens: up to here the sums are held by row and filled up to the longest, which is faster to read
 )
 _FLOAT = 4  # bytes
 _BUILD = 3.0  # seconds that the first builds take in a process (docs/benchmarks.md)
