@@ -26,7 +26,7 @@ from intern.linear import pack_weights, unpack_weights
 from intern.machine import available_memory
 from intern.offload import offload_inputs, recompute, tile_mlps
 from intern.plan import GIB, MemoryPlan, plan, smallest_change, usable
-from intern.probe import Probe, largest, usual
+from intern.probe import Probe, coming_batches, largest, usual
 from intern.run import Run
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ class FitMemory(TrainerCallback):
         self._layers = decoder_layers(self.trainer.model)
         self._draws = draws_at_random(self.trainer.model)
         self._has_aux_loss = bool(getattr(self.trainer, "aux_loss_enabled", False))
+        self._loader = kwargs["train_dataloader"]
+        self._batches = state.max_steps * args.gradient_accumulation_steps * self.trainer.accelerator.num_processes
         form: Any = args.activation_checkpointing_kwargs or {}
         if not any(form.values()) and not self._has_aux_loss:  # another form was not asked for
             recompute(self._layers, self._draws)
@@ -112,7 +114,13 @@ class FitMemory(TrainerCallback):
 
     @functools.cached_property
     def _largest(self) -> list[dict[str, Any]]:
-        """The largest batch; to find it takes a look at all rows."""
+        """The largest batch of the run; to find it takes a look at all rows."""
+        rows, count = self.trainer.train_dataset, self.trainer.args.per_device_train_batch_size
+        return largest(rows, count, coming_batches(self._loader, self._batches), not self.trainer.padding_free)
+
+    @functools.cached_property
+    def _longest(self) -> list[dict[str, Any]]:
+        """The largest batch that these rows could make."""
         return largest(self.trainer.train_dataset, self.trainer.args.per_device_train_batch_size)
 
     @functools.cached_property
@@ -138,7 +146,7 @@ class FitMemory(TrainerCallback):
                 form |= {"offloaded": True, "attends_once": form["cudnn"] and self._can_attend_once()}
                 found = self._planned(probe, batch, **form) or self._planned(probe, batch, **form, tiled=True)
             if found is None:
-                raise RunError(self._no_plan(probe, batch, args))
+                raise RunError(self._no_plan(probe, args))
             self._take(found)
             if not found.checkpointed:
                 self._unpack(probe, batch)
@@ -172,11 +180,11 @@ class FitMemory(TrainerCallback):
         pinned = 1 << (size - 1).bit_length()  # in powers of two: torch's allocator rounds up to them
         return tokens >= _LONG * rows and 2 * len(self._layers) * pinned <= available_memory() / 2
 
-    def _no_plan(self, probe: Probe, batch: list[dict[str, Any]], args: TrainingArguments) -> str:
+    def _no_plan(self, probe: Probe, args: TrainingArguments) -> str:
         """What to say, with the smallest change that was tried and fits."""
         budget = probe.budget
         # Everything is given up by now; what is tried are fewer and shorter rows.
-        remedy = smallest_change(batch, lambda rows: (probe.peak(rows) or budget) <= usable(budget), args)
+        remedy = smallest_change(self._longest, lambda rows: (probe.peak(rows) or budget) <= usable(budget), args)
         return (
             f"the largest batch does not fit into {budget / GIB:.1f} GiB although every layer is checkpointed, its input in "
             f"host memory and its MLP in pieces: {remedy}"
@@ -273,8 +281,8 @@ class FitMemory(TrainerCallback):
             self._graphs.remove()
             self._graphs = None
         if wanted.replayed and self._graphs is None:
-            lengths = [len(row["input_ids"]) for row in self._largest]
-            self._graphs = LayerGraphs(self._layers, sum(lengths), max(lengths))
+            tokens, _ = _counted(self._largest)
+            self._graphs = LayerGraphs(self._layers, tokens, len(self._longest[0]["input_ids"]))
         self.plan = wanted
         return wanted
 

@@ -2,10 +2,13 @@
 
 import copy
 import functools
+import math
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 
 
@@ -105,17 +108,52 @@ class Probe:
             self.model.train()
 
 
-def largest(rows: Dataset, count: int) -> list[dict[str, Any]]:
-    """The longest rows, as many as a batch has."""
-    return [rows[index] for index in _by_length(rows)[-count:][::-1]]
+def largest(rows: Dataset, count: int, coming: Iterable[list[int]] = (), padded: bool = False) -> list[dict[str, Any]]:
+    """The largest of the batches that come, its longest row first; where none is known, the longest rows, as many as a batch has.
+
+    Args:
+        rows: of which batches are made.
+        count: rows of a batch.
+        coming: the rows of each batch, see `coming_batches`.
+        padded: whether a batch's rows are filled up to its longest one.
+    """
+    lengths = _lengths(rows)
+
+    def tokens(batch: list[int]) -> int:
+        each = [lengths[index] for index in batch]
+        return len(each) * max(each) if padded else sum(each)
+
+    chosen = max(coming, key=tokens, default=None) or _by_length(lengths)[-count:]
+    return [rows[index] for index in sorted(chosen, key=lengths.__getitem__, reverse=True)]
 
 
 def usual(rows: Dataset, count: int) -> list[dict[str, Any]]:
     """Rows of middle length, as many as a batch has."""
     first = max(0, (len(rows) - count) // 2)
-    return [rows[index] for index in _by_length(rows)[first : first + count]]
+    return [rows[index] for index in _by_length(_lengths(rows))[first : first + count]]
 
 
-def _by_length(rows: Dataset) -> list[int]:
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    return sorted(range(len(rows)), key=lengths.__getitem__)
+def coming_batches(loader: Any, count: int) -> Iterator[list[int]]:
+    """The rows of a run's first `count` batches, all processes' together, and of those after them to the end of their epoch.
+
+    None where the order is drawn only when it is asked for.
+    """
+    sampler = loader.batch_sampler
+    while hasattr(sampler, "batch_sampler"):  # one process's share
+        sampler = sampler.batch_sampler
+    order = sampler.sampler
+    if not isinstance(order, SeedableRandomSampler):
+        return
+    now = order.epoch
+    for epoch in range(math.ceil(count / len(sampler))):
+        order.set_epoch(epoch)
+        yield from sampler
+    order.set_epoch(now)
+
+
+def _lengths(rows: Dataset) -> list[int]:
+    return [len(ids) for ids in rows["input_ids"]]
+
+
+def _by_length(lengths: list[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lengths.__getitem__)

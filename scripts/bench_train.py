@@ -17,6 +17,7 @@ With --one-process, where imports are no part of a setting's first step, the plo
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
@@ -85,12 +86,23 @@ def train(setting: str, args: argparse.Namespace, started: float) -> dict[str, A
         def __init__(self) -> None:
             self.ends: dict[int, float] = {}
             self.losses: list[float] = []
+            self.marks: list[Any] = []
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if on_gpu:  # a mark on the GPU's own time line, read after the last step
+                self.marks.append(torch.cuda.Event(enable_timing=True))
+                self.marks[-1].record()
+            else:
+                self.marks.append(time.time())
             if state.global_step in (1, warm, args.max_steps):
                 if on_gpu:
                     torch.cuda.synchronize()
                 self.ends[state.global_step] = time.time()
+
+        def milliseconds(self) -> list[int]:
+            """What each step took, from the second one on."""
+            pairs = itertools.pairwise(self.marks)
+            return [round(a.elapsed_time(b) if on_gpu else 1000 * (b - a)) for a, b in pairs]
 
         def on_log(self, *_: Any, **given: Any) -> None:
             if "loss" in given["logs"]:
@@ -168,6 +180,7 @@ def train(setting: str, args: argparse.Namespace, started: float) -> dict[str, A
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else None,
         "checkpointed_layers": memory.plan.checkpointed if memory is not None and memory.plan else None,
         "plan": str(memory.plan) if memory is not None else None,
+        "milliseconds": clock.milliseconds(),
         "losses": clock.losses,
     }
 

@@ -24,6 +24,7 @@ def bench(tmp_path, settings, *flags):
 
 def test_each_setting_is_measured_in_a_process_of_its_own(tmp_path):
     figures = bench(tmp_path, ["ours:pack", "nobody"], "--steps", "3", "--rows", "24")
+    assert len(figures["ours:pack"]["milliseconds"]) == 2  # from the second step on
     assert figures["ours:pack"]["tokens_per_second"] > 0 and figures["ours:pack"]["tokens_per_step"] <= 160
     assert "error" in figures["nobody"]
 

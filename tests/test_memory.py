@@ -4,7 +4,9 @@ import types
 
 import pytest
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
+from torch.utils.data import BatchSampler, DataLoader
 from transformers import LlamaConfig, LlamaModel, TrainerState
 
 import intern.memory
@@ -12,9 +14,28 @@ from intern import attention, cudnn_attention
 from intern.errors import RunError
 from intern.memory import FitMemory
 from intern.plan import MemoryPlan
+from intern.probe import largest
 from intern.run import Run
 
 GIB = 2**30
+
+
+def arguments(form=None, **given):
+    usual = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    return types.SimpleNamespace(activation_checkpointing_kwargs=form, **usual | given)
+
+
+def trainer(model, args, rows=None, **given):
+    accelerator = types.SimpleNamespace(num_processes=1)
+    kept = {"model": model, "args": args, "train_dataset": rows, "accelerator": accelerator, "padding_free": True}
+    return types.SimpleNamespace(**kept | given)
+
+
+def begin(fit, loader=None, **state):
+    """Training begins; without a loader with batches whose order nobody knows yet."""
+    trainer = fit.trainer
+    loader = loader or DataLoader(trainer.train_dataset or range(3), batch_size=1, shuffle=True)
+    fit.on_train_begin(trainer.args, TrainerState(stateful_callbacks=[], **state), None, train_dataloader=loader)
 
 
 class Told:
@@ -67,11 +88,7 @@ def test_cuda_graphs_are_taken_where_they_pay_fit_and_agree(told, steps, replaye
     model = LlamaModel(config)
     fit = FitMemory(Run(tmp_path))
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in (5, 9, 7)]})
-    args = types.SimpleNamespace(
-        per_device_train_batch_size=1, gradient_accumulation_steps=2, activation_checkpointing_kwargs=None
-    )
-    accelerator = types.SimpleNamespace(num_processes=1)
-    fit.trainer = types.SimpleNamespace(model=model, train_dataset=rows, args=args, accelerator=accelerator)
+    fit.trainer = trainer(model, arguments(gradient_accumulation_steps=2), rows)
     made = []
 
     class Graphs:
@@ -84,7 +101,7 @@ def test_cuda_graphs_are_taken_where_they_pay_fit_and_agree(told, steps, replaye
     monkeypatch.setattr(intern.memory, "Probe", lambda trainer: Told(fit, **told))
     monkeypatch.setattr(intern.memory, "LayerGraphs", Graphs)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    fit.on_train_begin(args, TrainerState(global_step=0, max_steps=steps, stateful_callbacks=[]), None)
+    begin(fit, max_steps=steps)
     assert fit.plan.replayed == bool(replayed)
     assert made == {True: [(4, 9, 9)], False: [(4, 9, 9), "removed"], None: []}[replayed]  # None: not even tried
     assert MemoryPlan(**fit.run.read_json(fit.run.memory)) == fit.plan
@@ -107,18 +124,16 @@ def test_layers_run_again_in_our_own_form_and_frozen_embeddings_are_asked_for_no
     model.layers[0].register_forward_pre_hook(lambda layer, given: seen.append(given[0].requires_grad))
     fit = FitMemory(Run(tmp_path))
     fit.run.write_json(fit.run.memory, {"layers": 2, "checkpointed": 1, "peak": 5, "budget": 6})
-    fit.trainer = types.SimpleNamespace(model=model)
-    args = types.SimpleNamespace(activation_checkpointing_kwargs={"use_reentrant": True} if case == "reentrant" else {})
-    state = TrainerState(global_step=5, stateful_callbacks=[])
+    fit.trainer = trainer(model, arguments({"use_reentrant": True} if case == "reentrant" else {}))
     ids = torch.arange(6)[None]
     model(input_ids=ids)
-    fit.on_train_begin(args, state, None)
+    begin(fit, global_step=5)
     assert (model.layers[0]._gradient_checkpointing_func is theirs) == (case == "reentrant")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     for layer in model.layers:
         layer.gradient_checkpointing = False
     model(input_ids=ids)
-    fit.on_train_end(args, state, None)
+    fit.on_train_end(None, None, None)
     model(input_ids=ids)
     assert seen == [True, case != "frozen", True]
 
@@ -128,12 +143,8 @@ def test_layers_with_a_loss_of_their_routers_keep_the_librarys_form(tmp_path):
     model.gradient_checkpointing_enable()
     theirs = model.layers[0]._gradient_checkpointing_func
     fit = FitMemory(Run(tmp_path), every_layer=True)
-    args = types.SimpleNamespace(
-        per_device_train_batch_size=1, gradient_accumulation_steps=1, activation_checkpointing_kwargs=None
-    )
-    rows = Dataset.from_dict({"input_ids": [[1] * 5]})
-    fit.trainer = types.SimpleNamespace(model=model, train_dataset=rows, args=args, aux_loss_enabled=True)
-    fit.on_train_begin(args, TrainerState(stateful_callbacks=[]), None)
+    fit.trainer = trainer(model, arguments(), Dataset.from_dict({"input_ids": [[1] * 5]}), aux_loss_enabled=True)
+    begin(fit)
     assert not fit.plan.offloaded and fit.plan.checkpointed == 2
     assert model.layers[0]._gradient_checkpointing_func is theirs
     with pytest.raises(RunError):
@@ -143,12 +154,7 @@ def test_layers_with_a_loss_of_their_routers_keep_the_librarys_form(tmp_path):
 @pytest.mark.parametrize(
     ("free", "is_long", "has_kernels", "once"),
     [
-        (
-            2 * 2 * 4 * 2**20,
-            True,
-            True,
-            True,
-        ),  # twice two tensors for four layers, each of 700,000 bytes that take 2**20
+        (2 * 2 * 4 * 2**20, True, True, True),  # twice two tensors for four layers, 700,000 bytes in 2**20 each
         (2 * 2 * 4 * 2**20 - 1, True, True, False),
         (GIB, False, True, False),  # short rows are soon attended again
         (GIB, True, False, False),  # another kernel's results are not kept
@@ -160,20 +166,44 @@ def test_results_of_attention_are_kept_where_the_host_has_room(free, is_long, ha
         {"input_ids": [[1] * 5, [1] * 3500], "seq_lengths": [[5], [3500] if is_long else [1000, 2500]]}
     )
     fit = FitMemory(Run(tmp_path), every_layer=True)
-    args = types.SimpleNamespace(
-        per_device_train_batch_size=1, gradient_accumulation_steps=1, activation_checkpointing_kwargs=None
-    )
-    fit.trainer = types.SimpleNamespace(model=model, train_dataset=rows, args=args)
+    fit.trainer = trainer(model, arguments(), rows)
     monkeypatch.setattr(intern.memory, "available_memory", lambda: free)
     monkeypatch.setattr(cudnn_attention, "has_kernels", lambda: has_kernels)
     monkeypatch.setattr(attention, "_takes_cudnn", False)  # put back afterwards
-    fit.on_train_begin(args, TrainerState(stateful_callbacks=[], max_steps=10**10), None)
+    begin(fit, max_steps=10**10)
     assert fit.plan == MemoryPlan(4, 4, 0, 0, offloaded=True, attends_once=once, cudnn=has_kernels)
     assert attention._takes_cudnn == has_kernels
     told = "their inputs and attention in host memory" if once else "their inputs in host memory"
     assert told in str(fit.plan)
     form = model.layers[0]._gradient_checkpointing_func
     assert form.args[1] == once
+
+
+def test_the_largest_batch_is_the_one_that_comes_and_not_the_longest_rows_together():
+    rows = Dataset.from_dict({"input_ids": [[1] * length for length in (2, 9, 3, 8, 5)]})
+
+    def lengths(*given):
+        return [len(row["input_ids"]) for row in largest(rows, 2, *given)]
+
+    assert lengths() == [9, 8]
+    coming = [[0, 1], [2, 3], [4, 3]]
+    assert lengths(iter(coming)) == [8, 5]
+    assert lengths(coming, True) == [9, 2]  # 2 x 9 tokens with padding
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_the_plan_is_for_the_largest_batch_that_comes(padding_free, tmp_path):
+    lengths = [2, 9, 3, 8, 5, 6, 7, 4]
+    rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
+    model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10))
+    fit = FitMemory(Run(tmp_path), every_layer=True)
+    args = arguments(per_device_train_batch_size=2)
+    fit.trainer = trainer(model, args, rows, padding_free=padding_free)
+    loader = DataLoader(rows, batch_sampler=BatchSampler(SeedableRandomSampler(rows, data_seed=3), 2, False))
+    begin(fit, loader, max_steps=1)
+    sizes = [[lengths[index] for index in batch] for batch in loader.batch_sampler]
+    largest = max(sizes, key=sum if padding_free else max)
+    assert [len(row["input_ids"]) for row in fit._largest] == sorted(largest, reverse=True) != [9, 8]
 
 
 @pytest.mark.gpu

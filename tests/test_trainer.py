@@ -10,6 +10,7 @@ import trl.trainer.utils
 from datasets import Dataset
 from omegaconf import OmegaConf
 from peft import LoraConfig
+from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainerControl, TrainerState, masking_utils
 from trl import SFTConfig, SFTTrainer
 
@@ -19,7 +20,7 @@ from intern.memory import FitMemory
 from intern.model import Base
 from intern.plan import MemoryPlan
 from intern.precision import Precision
-from intern.probe import Probe
+from intern.probe import Probe, coming_batches
 from intern.run import Run
 from intern.trainer import InternTrainer, Interruption, OptimizerSteps, StepRules
 
@@ -122,7 +123,7 @@ def test_packed_rows_train_without_a_look_for_a_mask_or_for_what_is_scored(tmp_p
     assert run.read_json(run.metrics)["optimizer_steps"] == 12
 
 
-def trained_adapters(tmp_path, faults, callback=None, at="mlp", **more):
+def trained_adapters(tmp_path, faults, callback=None, at="mlp", rows_of_batch=1, **more):
     """The adapters after three steps of two batches; `faults` are the passes at which memory runs out. And how often it was made room."""
     base = Base(
         OmegaConf.create({"pretrained_model_name_or_path": "data/tiny_llama3", "attn_implementation": "isolated"})
@@ -133,7 +134,7 @@ def trained_adapters(tmp_path, faults, callback=None, at="mlp", **more):
     args = SFTConfig(
         output_dir=str(tmp_path),
         max_steps=3,
-        per_device_train_batch_size=1,
+        per_device_train_batch_size=rows_of_batch,
         gradient_accumulation_steps=2,
         use_cpu=True,
         bf16=False,
@@ -172,7 +173,10 @@ def trained_adapters(tmp_path, faults, callback=None, at="mlp", **more):
 
     trainer.step_back = make_room
     trainer.train()
-    assert trainer.state.num_input_tokens_seen == 3 * 2 * 30  # read at the end alone: no log entry comes before
+    rows_of_step = min(2 * rows_of_batch, len(ids))
+    assert (
+        trainer.state.num_input_tokens_seen == 3 * rows_of_step * 30
+    )  # read at the end alone: no log entry comes before
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, room
 
 
@@ -206,6 +210,28 @@ def test_a_step_in_which_memory_runs_out_is_taken_again_and_leaves_no_trace(at, 
     found, room = trained_adapters(tmp_path, (4, 5), at=at)
     assert nothing == [] and room == [4, 5]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Foretelling(TrainerCallback):
+    """The rows of each batch, as they are known before training and as they come."""
+
+    def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
+        self.known = list(coming_batches(train_dataloader, 3 * 2))
+        self.came = []
+        collate = self.trainer.data_collator.collate
+        self.trainer.data_collator.collate = lambda rows: (
+            self.came.append([row["input_ids"][0] - 100 for row in rows]) or collate(rows)
+        )
+
+
+def test_batches_are_known_before_they_come(tmp_path):
+    expected, _ = trained_adapters(tmp_path, (), rows_of_batch=4)
+    foretelling = Foretelling()
+    found, _ = trained_adapters(tmp_path, (), foretelling, rows_of_batch=4)
+    assert foretelling.came == foretelling.known
+    assert len({tuple(batch) for batch in foretelling.known}) == 6  # three epochs, in an order of their own each
+    assert all(torch.equal(found[name], expected[name]) for name in expected)  # to look ahead changes nothing
+    assert list(coming_batches(DataLoader(range(4), batch_size=2, shuffle=True), 6)) == []  # drawn when asked for
 
 
 class Probing(TrainerCallback):
