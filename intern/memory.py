@@ -72,8 +72,7 @@ class FitMemory(TrainerCallback):
         self._layers = decoder_layers(self.trainer.model)
         self._draws = draws_at_random(self.trainer.model)
         self._has_aux_loss = bool(getattr(self.trainer, "aux_loss_enabled", False))
-        self._loader = kwargs["train_dataloader"]
-        self._batches = state.max_steps * args.gradient_accumulation_steps * self.trainer.accelerator.num_processes
+        self._loader, self._state = kwargs["train_dataloader"], state
         form: Any = args.activation_checkpointing_kwargs or {}
         if not any(form.values()) and not self._has_aux_loss:  # another form was not asked for
             recompute(self._layers, self._draws)
@@ -115,8 +114,10 @@ class FitMemory(TrainerCallback):
     @functools.cached_property
     def _largest(self) -> list[dict[str, Any]]:
         """The largest batch of the run; to find it takes a look at all rows."""
-        rows, count = self.trainer.train_dataset, self.trainer.args.per_device_train_batch_size
-        return largest(rows, count, coming_batches(self._loader, self._batches), not self.trainer.padding_free)
+        args, processes = self.trainer.args, self.trainer.accelerator.num_processes
+        coming = coming_batches(self._loader, self._state.max_steps * args.gradient_accumulation_steps * processes)
+        padded = not self.trainer.padding_free
+        return largest(self.trainer.train_dataset, args.per_device_train_batch_size, coming, padded)
 
     @functools.cached_property
     def _longest(self) -> list[dict[str, Any]]:

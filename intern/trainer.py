@@ -27,6 +27,7 @@ from intern.config import build, plain
 from intern.errors import RunError, UserError
 from intern.head import score_positions
 from intern.linear import forget_waiting, fuse_adapters
+from intern.norm import fuse_norms
 from intern.precision import Precision
 from intern.prompt import IGNORED
 from intern.run import Run
@@ -361,6 +362,7 @@ class InternTrainer(SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
         fuse_adapters(self.model)
+        fuse_norms(self.model)
         self._scored = None if self.aux_loss_enabled else ScoredOnly(self.model)
         adapted: Any = self.model
         self._has_head = self._scored is not None and score_positions(adapted.get_base_model())

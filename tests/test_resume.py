@@ -149,7 +149,7 @@ def test_the_memory_plan_of_a_run_is_repeated_and_not_measured_again(tmp_path):
     fit = FitMemory(run)
     fit.trainer = type("Trainer", (), {"model": model})()  # the one thing of a trainer that a stored plan needs
     args = types.SimpleNamespace(activation_checkpointing_kwargs=None)
-    fit.on_train_begin(args, TrainerState(global_step=5, stateful_callbacks=[]), None)
+    fit.on_train_begin(args, TrainerState(global_step=5, stateful_callbacks=[]), None, train_dataloader=None)
     assert [layer.gradient_checkpointing for layer in decoder_layers(model)] == [True, True, True, False]
     assert (fit.plan.checkpointed, fit.plan.peak) == (3, 5)
 
