@@ -12,6 +12,7 @@ import torch
 from intern.layers import decoder_layers, only_adds_its_mlp
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")  # of a layer whose parts are known
+_CLOSE = 2e-2  # numbers of about one, rounded to 16 bits now and then
 
 
 def fuse_norms(model: torch.nn.Module) -> int:
@@ -31,11 +32,18 @@ def fuse_norms(model: torch.nn.Module) -> int:
 
 
 def _is_this(norm: Any) -> bool:
+    """Whether it is frozen and, tried on this device, gives the values and gradients that this module gives."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
     if weight is None or eps is None or weight.requires_grad or not weight.is_floating_point():
         return False
-    tried = torch.linspace(-2, 3, len(weight), device=weight.device).to(weight.dtype)[None]
-    return torch.allclose(norm(tried), normalized(tried, weight, eps)[0], rtol=2e-2, atol=1e-3)
+    x = torch.linspace(-2, 3, len(weight), device=weight.device).to(weight.dtype)[None].requires_grad_()
+    with torch.enable_grad():
+        theirs = norm(x)
+        [their_gradient] = torch.autograd.grad(theirs, x, x.detach().cos())
+    x = x.detach()
+    ours, scale = normalized(x, weight, eps)
+    pairs = (ours, theirs), (gradient(x.cos(), None, x, weight, scale), their_gradient)
+    return all(torch.allclose(mine, other, rtol=_CLOSE, atol=_CLOSE) for mine, other in pairs)
 
 
 def _forward(layer: Any, name: str) -> Any:

@@ -10,31 +10,23 @@ _OF_A_WARP = 512  # numbers, and up to 16 warps: as fast as memory is for 4,096 
 
 
 @triton.jit
-def _forward(
-    x_from: Any, weight_from: Any, out_to: Any, scale_to: Any, size: Any, eps: Any, BLOCK: tl.constexpr
-) -> None:
+def _forward(x_from, weight_from, out_to, scale_to, size, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < size
     x = tl.load(x_from + token * size + at, mask=inside, other=0.0)
-    weight = tl.load(weight_from + at, mask=inside, other=0.0)
+    weight = tl.load(weight_from + at, mask=inside, other=0.0).to(tl.float32)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide) / size + eps)
     tl.store(scale_to + token, scale)
-    tl.store(out_to + token * size + at, (wide * scale).to(x.dtype) * weight, mask=inside)
+    rounded = (wide * scale).to(x.dtype).to(tl.float32)  # as the models round
+    tl.store(out_to + token * size + at, (rounded * weight).to(x.dtype), mask=inside)
 
 
 @triton.jit
-def _backward(
-    grad_at: Any,
-    other_from: Any,
-    x_from: Any,
-    weight_from: Any,
-    scale_from: Any,
-    size: Any,
-    HAS_OTHER: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
+def _backward(  # type: ignore[no-untyped-def] # noqa: ANN202
+    grad_at, other_from, x_from, weight_from, scale_from, size, HAS_OTHER: tl.constexpr, BLOCK: tl.constexpr,  # noqa: ANN001
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < size
