@@ -2,8 +2,8 @@
 
 Checkpointing every layer costs a third more arithmetic (the forward pass runs twice); a layer that keeps its activations saves its share.
 So the largest real batch goes through forward, backward, optimizer step and evaluation before the first step, with every layer kept, and
-where that does not fit, with none and a few, and as many are kept as the free memory allows; that plan is then tried too. What still is
-free holds weights unpacked. Where not even checkpointing all layers is enough, their inputs wait in host memory, and then MLPs take rows
+where that does not fit, with none and a few, and as many are kept as the free memory allows; that plan is then tried too. Smaller batches
+keep more layers in the same memory. What still is free holds weights unpacked. Where not even checkpointing all layers is enough, their inputs wait in host memory, and then MLPs take rows
 in pieces. Memory that runs out later makes the plan safer and repeats the step.
 """
 
@@ -73,6 +73,7 @@ class FitMemory(TrainerCallback):
         self._draws = draws_at_random(self.trainer.model)
         self._has_aux_loss = bool(getattr(self.trainer, "aux_loss_enabled", False))
         self._loader, self._state = kwargs["train_dataloader"], state
+        self.trainer.before_batch = self.fit
         form: Any = args.activation_checkpointing_kwargs or {}
         if not any(form.values()) and not self._has_aux_loss:  # another form was not asked for
             recompute(self._layers, self._draws)
@@ -171,7 +172,8 @@ class FitMemory(TrainerCallback):
             return probe.peak(batch)
 
         made = plan(count, budget, peak_of)
-        return replace(made, **form) if made is not None else None
+        tokens = self.trainer.data_collator(batch)["input_ids"].numel()
+        return replace(made, **form, tokens=tokens) if made is not None else None
 
     def _can_attend_once(self) -> bool:
         """Whether attention's results are worth keeping, and half of the host's free memory holds them and the inputs of all layers."""
@@ -235,6 +237,13 @@ class FitMemory(TrainerCallback):
         self._take(alone)
         return seconds
 
+    def fit(self, tokens: int) -> None:
+        """Prepares the layers for a batch of so many tokens, padding included."""
+        assert self.plan is not None
+        # The last layers keep their activations: they are the first that the backward pass frees.
+        for index, layer in enumerate(self._layers):
+            layer.gradient_checkpointing = index < len(self._layers) - self.plan.kept(tokens)
+
     def step_back(self) -> None:
         """Makes the plan safer after memory ran out: no CUDA graphs, no unpacked weights, half as many kept activations, none, and so on.
 
@@ -267,9 +276,6 @@ class FitMemory(TrainerCallback):
         What is offloaded or in pieces stays so: no plan goes back there.
         """
         now = self.plan
-        # The last layers keep their activations: they are the first that the backward pass frees.
-        for index, layer in enumerate(self._layers):
-            layer.gradient_checkpointing = index < wanted.checkpointed
         if wanted.offloaded and not (now and now.offloaded):
             offload_inputs(self._layers, self._draws, wanted.attends_once)
         if wanted.tiled and not (now and now.tiled):
@@ -285,6 +291,7 @@ class FitMemory(TrainerCallback):
             tokens, _ = _counted(self._largest)
             self._graphs = LayerGraphs(self._layers, tokens, len(self._longest[0]["input_ids"]))
         self.plan = wanted
+        self.fit(wanted.tokens)
         return wanted
 
 

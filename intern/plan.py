@@ -27,10 +27,18 @@ class MemoryPlan:
     unpacked: int = 0  # bytes of weights that are held unpacked as well
     replayed: bool = False  # decoder layers are replayed as CUDA graphs
     cudnn: bool = False  # packed rows are attended with cuDNN's kernel, where there is one
+    tokens: int = 0  # of the largest batch; smaller ones keep more layers where this is known
+
+    def kept(self, tokens: int) -> int:
+        """How many layers keep their activations in a batch of so many tokens: as many as take what the largest batch's take."""
+        kept = self.layers - self.checkpointed
+        # A graph is recorded for one number of them.
+        return min(self.layers, kept * self.tokens // tokens) if self.tokens and not self.replayed else kept
 
     def __str__(self) -> str:
+        varies = self.tokens and not self.replayed and 0 < self.checkpointed < self.layers
         return (
-            f"activation checkpointing on {self.checkpointed} of {self.layers} layers"
+            f"activation checkpointing on {'up to ' if varies else ''}{self.checkpointed} of {self.layers} layers"
             + (
                 f", their inputs{' and attention' if self.attends_once else ''} in host memory"
                 if self.offloaded

@@ -340,7 +340,9 @@ class InternTrainer(SFTTrainer):
 
     def __init__(self, rules: StepRules, answers_f1: Callable[[Any], float] | None = None, **kwargs: Any) -> None:
         self._min_steps = rules.min_steps
-        self.step_back: Callable[[], None] | None = None  # makes room where GPU memory runs out, see intern/memory.py
+        # Of intern/memory.py: what a batch's tokens are told to before it is computed, and what makes room where GPU memory runs out.
+        self.before_batch: Callable[[int], None] | None = None
+        self.step_back: Callable[[], None] | None = None
         self._batches: list[dict[str, Any]] = []  # of the optimizer step that is under way
         self._answers_f1 = answers_f1
         self._has_looked = False
@@ -385,9 +387,11 @@ class InternTrainer(SFTTrainer):
     def _tried(self, model: Any, batches: list[dict[str, Any]], num_items_in_batch: Any) -> torch.Tensor | None:
         """The last batch's loss; None where memory ran out. It returns, so that what the failed pass held is free again."""
         try:
-            return [super(InternTrainer, self).training_step(model, dict(one), num_items_in_batch) for one in batches][
-                -1
-            ]
+            for one in batches:
+                if self.before_batch is not None:
+                    self.before_batch(one["input_ids"].numel())
+                loss = super().training_step(model, dict(one), num_items_in_batch)
+            return loss
         except torch.cuda.OutOfMemoryError:
             forget_waiting(model)
             if self.step_back is None:

@@ -1,10 +1,11 @@
 """Which layers recompute and what to change where nothing fits, on memory that behaves as told."""
 
 import types
+from dataclasses import replace
 
 import pytest
 
-from intern.plan import plan, smallest_change
+from intern.plan import MemoryPlan, plan, smallest_change
 
 GIB = 2**30
 
@@ -76,3 +77,13 @@ def test_the_remedy_is_the_first_change_that_fits_when_tried():
     [cut] = tried[-1]
     assert cut["seq_lengths"] == [562] and cut["labels"] == list(range(562))
     assert smallest_change(batch, lambda rows: False, ARGS).startswith("take a smaller model")
+
+
+def test_smaller_batches_keep_more_layers_and_take_no_more_memory():
+    made = MemoryPlan(32, 25, 0, 0, tokens=7083)
+    assert [made.kept(tokens) for tokens in (7083, 7000, 3927, 1000, 9000)] == [7, 7, 12, 32, 5]
+    assert "on up to 25 of 32 layers" in str(made)
+    for same in (replace(made, tokens=0), replace(made, replayed=True)):
+        assert same.kept(1000) == 7 and "on 25 of 32 layers" in str(same)
+    assert replace(made, checkpointed=0).kept(9000) == 25  # larger than any that was tried
+    assert replace(made, checkpointed=32).kept(1) == 0

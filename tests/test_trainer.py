@@ -276,6 +276,23 @@ def test_every_form_of_the_memory_plan_trains_the_same_adapters(form, tmp_path, 
         torch.testing.assert_close(found[name], adapter, atol=1e-6, rtol=1e-4)
 
 
+def test_as_many_layers_recompute_as_a_batch_demands(tmp_path, monkeypatch):
+    fit = FitMemory(Run(tmp_path))
+    monkeypatch.setattr(fit, "_measure", lambda args, state: fit._take(MemoryPlan(4, 3, 0, 0, tokens=120)))
+    seen, prepare = [], fit.fit
+
+    def prepared(tokens):
+        prepare(tokens)
+        seen.append((tokens, sum(layer.gradient_checkpointing for layer in fit._layers)))
+
+    monkeypatch.setattr(fit, "fit", prepared)
+    expected, _ = trained_adapters(tmp_path, (), rows_of_batch=4)
+    found, _ = trained_adapters(tmp_path, (), fit, rows_of_batch=4)
+    assert seen == [(120, 3)] + 3 * [(120, 3), (60, 2)]  # when the plan is taken, and each batch of three epochs
+    for name, adapter in expected.items():
+        torch.testing.assert_close(found[name], adapter, atol=1e-6, rtol=1e-4)
+
+
 def test_without_a_plan_memory_that_runs_out_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(
         InternTrainer, "step_back", property(lambda self: None, lambda self, value: None), raising=False
