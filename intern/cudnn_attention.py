@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 
+from intern.machine import is_hopper
 from intern.offload import remembered
 
 log = logging.getLogger(__name__)
 
 _HEAD_SIZE = 128  # the largest for which the backward kernel was tried
 _WORKSPACE = 2**30  # bytes that a backward pass may take beside its gradients; above, heads are taken in turns
-_PADDED = (
-    8  # times the tokens: up to here the sums are held by row and filled up to the longest, which is faster to read
-)
+_PADDED = 8  # times the tokens: up to here each row's sums are filled up to the longest row's, which is faster to read
 _FLOAT = 4  # bytes
 _BUILD = 3.0  # seconds that the first builds take in a process (docs/benchmarks.md)
 # Seconds less than flash attention's, forward and backward: for a token, and for a token and each token of its row, of 4,096 numbers a layer.
@@ -45,12 +44,7 @@ def is_possible(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 def has_kernels() -> bool:
     """Whether this is a Hopper card with cuDNN's frontend, and cuDNN is not switched off."""
-    return (
-        torch.cuda.is_available()
-        and torch.cuda.get_device_capability()[0] == 9
-        and torch.backends.cuda.cudnn_sdp_enabled()
-        and _library() is not None
-    )
+    return is_hopper() and torch.backends.cuda.cudnn_sdp_enabled() and _library() is not None
 
 
 def pays(tokens: int, rows: int, layers: int, width: int) -> bool:
@@ -134,12 +128,14 @@ class _Sizes:
 
 
 def _rounded(count: int, base: int, steps: int = 1) -> int:
-    """Up to the next power of `base`, or to the next of so many steps on the way there."""
+    """Up to the next power of `base`; with steps to the next of as many between that and the power before."""
     power = 1
     while power < count:
         power *= base
+    if steps == 1:
+        return power
     step = max(1, power // base // steps)
-    return power if steps == 1 else -(-count // step) * step
+    return math.ceil(count / step) * step
 
 
 class _Attention(torch.autograd.Function):
@@ -192,9 +188,8 @@ def _forward(
     return out, sums
 
 
-_kept_rows: collections.deque[tuple["weakref.ref[torch.Tensor]", _Sizes, dict[str, torch.Tensor]]] = collections.deque(
-    maxlen=2
-)
+_Kept = tuple["weakref.ref[torch.Tensor]", _Sizes, dict[str, torch.Tensor]]
+_kept_rows: collections.deque[_Kept] = collections.deque(maxlen=2)
 
 
 def _rows(boundaries: torch.Tensor, sizes: _Sizes) -> dict[str, torch.Tensor]:
@@ -205,12 +200,11 @@ def _rows(boundaries: torch.Tensor, sizes: _Sizes) -> dict[str, torch.Tensor]:
     for kept, kept_sizes, rows in _kept_rows:
         if kept() is boundaries and kept_sizes == sizes:
             return rows
-    filling = (0, sizes.rows + 1 - len(boundaries))
-    lengths = torch.nn.functional.pad(boundaries.diff(), filling)
-    begins = torch.nn.functional.pad(boundaries, (0, filling[1]), value=0).long()
-    begins[len(boundaries) :] = boundaries[-1]
+    ends = boundaries[-1:].expand(sizes.rows + 1 - len(boundaries))
+    filled = torch.cat([boundaries, ends])
+    begins = filled.long()
     rows = {
-        "lengths": lengths,
+        "lengths": filled.diff(),
         "query_begins": begins * sizes.heads * sizes.head_size,
         "key_begins": begins * sizes.key_heads * sizes.head_size,
         "sum_begins": begins * sizes.heads,

@@ -22,7 +22,16 @@ from intern.checks import AMBER, GREEN, RED, Check
 from intern.errors import RunError, UserError
 from intern.estimate import GIB, TrainingPeak, datasets_cache, host_memory, run_directory
 from intern.facts import Facts, NotKnownError
-from intern.machine import answers, available_memory, driver_version, existing, has_kernels, requirements, short_path
+from intern.machine import (
+    answers,
+    available_memory,
+    driver_version,
+    existing,
+    has_kernels,
+    is_hopper,
+    requirements,
+    short_path,
+)
 from intern.paths import find
 
 _LONG_DATA = 20_000  # rows from which tokenizing takes longer than a person waits for a diagnosis
@@ -80,14 +89,11 @@ def check_accelerators(facts: Facts) -> Check:
     """What makes a GPU faster and may be missing."""
     if facts.on_cpu:
         return Check("accelerators", GREEN, "not needed on a CPU")
-    import torch
-
-    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     _, wanted = requirements()
     remedy = "pip install '.[gpu]'"
     missing = []
     for requirement in wanted:
-        if requirement.name == _HOPPERS and not is_hopper:
+        if requirement.name == _HOPPERS and not is_hopper():
             continue
         if requirement.marker is not None and requirement.marker.evaluate({"extra": "gpu"}):
             try:

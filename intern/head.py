@@ -15,15 +15,9 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 _LOGITS = 2**28  # bytes that are there at a time
 _ALIGNED = 128  # positions: matrix products like numbers that divide by it
-_SCALE = (
-    1024.0  # keeps gradients of unlikely tokens above what float16 takes for zero; at most 1, so it has room for them
-)
-_NO_PART = (
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-)  # of a config: what TRL's head knows more
+_SCALE = 1024.0  # keeps gradients, at most 1, of unlikely tokens above what float16 takes for zero
+# What TRL's head knows more, in a config.
+_NO_PART = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 def score_positions(model: Any) -> bool:

@@ -130,6 +130,13 @@ def has_kernels(major: int, minor: int, built: list[str]) -> bool:
     return False
 
 
+def is_hopper() -> bool:
+    """Whether the GPU is of the generation of an H100."""
+    import torch  # not at the top: whoever needs none of it should not wait for it
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
 def driver_version() -> str | None:
     """The NVIDIA driver's version, None where there is none."""
     line = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -3,8 +3,8 @@
 Checkpointing every layer costs a third more arithmetic (the forward pass runs twice); a layer that keeps its activations saves its share.
 So the largest real batch goes through forward, backward, optimizer step and evaluation before the first step, with every layer kept, and
 where that does not fit, with none and a few, and as many are kept as the free memory allows; that plan is then tried too. Smaller batches
-keep more layers in the same memory. What still is free holds weights unpacked. Where not even checkpointing all layers is enough, their inputs wait in host memory, and then MLPs take rows
-in pieces. Memory that runs out later makes the plan safer and repeats the step.
+keep more layers in the same memory. What still is free holds weights unpacked. Where not even checkpointing all layers is enough, their
+inputs wait in host memory, and then MLPs take rows in pieces. Memory that runs out later makes the plan safer and repeats the step.
 """
 
 import functools
