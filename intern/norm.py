@@ -4,6 +4,7 @@ What a norm reads is also added again after attention or MLP, so its gradient ha
 over all numbers; here the norm's backward kernel adds the other part to what it has in hand.
 """
 
+import functools
 import types
 from typing import Any
 
@@ -47,11 +48,11 @@ def _is_this(norm: Any) -> bool:
 
 
 def _forward(layer: Any, name: str) -> Any:
-    theirs = type(getattr(layer, name)).forward
+    theirs = getattr(layer, name).forward  # Liger's, where it was put there
 
     def forward(norm: Any, x: torch.Tensor) -> Any:
         if not norm.training or x.dtype != norm.weight.dtype or not x.is_contiguous():
-            return theirs(norm, x)
+            return theirs(x)
         # Of a sum autograd keeps nothing, so it may be told that this one has changed: from then on both gradients come to one node.
         # A layer that runs again keeps its own input, though.
         is_sum = torch.is_grad_enabled() and x.grad_fn is not None and x.grad_fn.name() == "AddBackward0"
@@ -110,6 +111,7 @@ def gradient(
     return (found if other is None else found.add_(other)).to(x.dtype)
 
 
+@functools.cache
 def _kernels() -> Any:
     """Triton's; None where it is not installed."""
     try:
