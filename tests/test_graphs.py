@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from intern.attention import register
 from intern.graphs import LayerGraphs
 from intern.layers import are_one_kind
+from intern.norm import fuse_norms
 
 PACKS = ([30, 20, 50], [100], [7], [1, 1, 60, 9, 9, 9, 9, 9, 9, 9])  # lengths of the rows in each batch
 
@@ -22,6 +23,7 @@ def adapted(device="cpu"):
     )
     config._attn_implementation = register()
     model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    assert fuse_norms(model) == 8  # as in training
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
