@@ -1,7 +1,5 @@
 """Norms that take both parts of a gradient, against the library's."""
 
-import copy
-
 import pytest
 import torch
 from transformers import GemmaConfig, GemmaModel, LlamaConfig, LlamaModel
@@ -78,7 +76,7 @@ def test_values_and_gradients_are_those_of_the_formula(device, dtype, close, siz
         torch.testing.assert_close(found.double(), expected, rtol=close, atol=close)
 
 
-def test_in_double_precision_the_gradients_are_exact():
+def test_gradients_of_both_forms_are_those_of_finite_differences():
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.linspace(0.5, 2, 8, dtype=torch.float64)
 
@@ -86,5 +84,5 @@ def test_in_double_precision_the_gradients_are_exact():
         passed, out = _SumAndNorm.apply(x + 0, weight, 1e-5)
         return passed, out, _Norm.apply(x, weight, 1e-5)
 
-    # The scale is kept in float32.
-    assert torch.autograd.gradcheck(both, (copy.deepcopy(x),), eps=1e-3, atol=1e-3)
+    # In steps that show in float32, which the scale is kept in.
+    assert torch.autograd.gradcheck(both, (x,), eps=1e-3, atol=1e-3)

@@ -174,9 +174,8 @@ def trained_adapters(tmp_path, faults, callback=None, at="mlp", rows_of_batch=1,
     trainer.step_back = make_room
     trainer.train()
     rows_of_step = min(2 * rows_of_batch, len(ids))
-    assert (
-        trainer.state.num_input_tokens_seen == 3 * rows_of_step * 30
-    )  # read at the end alone: no log entry comes before
+    # Read at the end alone: no log entry comes before.
+    assert trainer.state.num_input_tokens_seen == 3 * rows_of_step * 30
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, room
 
 
