@@ -364,12 +364,17 @@ class InternTrainer(SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
         fuse_adapters(self.model)
-        fuse_norms(self.model)
         self._scored = None if self.aux_loss_enabled else ScoredOnly(self.model)
         adapted: Any = self.model
         self._has_head = self._scored is not None and score_positions(adapted.get_base_model())
         asked = args.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None
         self._has_plain_loss = self._has_head and not asked and self.accelerator.parallelism_config is None
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's; norms get their form here, since before it the library puts Liger's into its place."""
+        assert self.model is not None
+        fuse_norms(self.model)
+        return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The library's; where GPU memory runs out, the whole optimizer step's batches again after `step_back` made room."""

@@ -18,6 +18,7 @@ import intern.memory
 from intern.errors import RunError
 from intern.memory import FitMemory
 from intern.model import Base
+from intern.norm import gradient
 from intern.plan import MemoryPlan
 from intern.precision import Precision
 from intern.probe import Probe, coming_batches
@@ -177,6 +178,19 @@ def trained_adapters(tmp_path, faults, callback=None, at="mlp", rows_of_batch=1,
     # Read at the end alone: no log entry comes before.
     assert trainer.state.num_input_tokens_seen == 3 * rows_of_step * 30
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, room
+
+
+def test_norms_keep_their_form_where_liger_puts_its_own_at_the_beginning_of_training(tmp_path, monkeypatch):
+    def put(model, config):
+        for layer in model.base_model.model.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.forward = types.MethodType(type(norm).forward, norm)
+
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", put)
+    seen = []
+    monkeypatch.setattr("intern.norm.gradient", lambda *given: seen.append(given[1] is not None) or gradient(*given))
+    trained_adapters(tmp_path, faults=[], use_liger_kernel=True)
+    assert any(seen)
 
 
 class Logs(TrainerCallback):
