@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
@@ -374,7 +375,11 @@ class InternTrainer(SFTTrainer):
         """The library's; norms get their form here, since before it the library puts Liger's into its place."""
         assert self.model is not None
         fuse_norms(self.model)
-        return super()._inner_training_loop(*args, **kwargs)
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            # For 8-bit optimizers the library notes the embeddings there, of every model of the process: they would never be freed.
+            bnb.optim.GlobalOptimManager.get_instance().initialize()
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The library's; where GPU memory runs out, the whole optimizer step's batches again after `step_back` made room."""

@@ -1,9 +1,13 @@
 """The trainer: steps that really happened, float32 adapters, interruption."""
 
+import contextlib
+import gc
 import os
 import signal
 import types
+import weakref
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import trl.trainer.utils
@@ -191,6 +195,27 @@ def test_norms_keep_their_form_where_liger_puts_its_own_at_the_beginning_of_trai
     monkeypatch.setattr("intern.norm.gradient", lambda *given: seen.append(given[1] is not None) or gradient(*given))
     trained_adapters(tmp_path, faults=[], use_liger_kernel=True)
     assert any(seen)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_8_bit_optimizer_keeps_no_embeddings_after_training(tmp_path, monkeypatch, fails):
+    """The library notes them in a list of the whole process: a sweep would hold those of every job."""
+    noted, register = [], bnb.optim.GlobalOptimManager.register_module_override
+
+    def note(manager, module, *more):
+        noted.append(weakref.ref(module))
+        register(manager, module, *more)
+
+    def step(optimizer, closure=None):
+        if fails:
+            raise RunError("no step")
+
+    monkeypatch.setattr(bnb.optim.GlobalOptimManager, "register_module_override", note)
+    monkeypatch.setattr(bnb.optim.AdamW, "step", step)  # its kernels need a GPU
+    with contextlib.suppress(RunError):
+        trained_adapters(tmp_path, faults=[], optim="adamw_bnb_8bit")
+    gc.collect()
+    assert [embeddings() for embeddings in noted] == [None]
 
 
 class Logs(TrainerCallback):
