@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _HEAD_SIZE = 128  # the largest for which the backward kernel was tried
 _WORKSPACE = 2**30  # bytes that a backward pass may take beside its gradients; above, heads are taken in turns
-_PADDED = 8  # times the tokens: up to here each row's sums are filled up to the longest row's, which is faster to read
+_PADDED = 16  # times the tokens: up to here each row's sums are filled up to the longest row's, which is faster to read
 _FLOAT = 4  # bytes
 _BUILD = 3.0  # seconds that the first builds take in a process (docs/benchmarks.md)
 # Seconds less than flash attention's, forward and backward: for a token, and for a token and each token of its row, of 4,096 numbers a layer.

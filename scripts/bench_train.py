@@ -314,13 +314,15 @@ def plot(results: list[dict[str, Any]], target: Path, cost: bool) -> None:
 
 def _plot_memory(axes: Any, points: list[dict[str, Any]]) -> None:
     colors = {"ours": "#1f77b4", "unsloth": "#d62728", "trl": "#7f7f7f"}
+    most = max(one["peak_gib"] or 1 for one in points)
     for one in points:
         x, y = one["peak_gib"] or 0, one["tokens_per_second"]
         axes.plot(x, y, "o", color=colors[one["setting"].split(":")[0]], markersize=8)
-        axes.annotate(one["setting"], (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8)
+        shift, side = ((-7, 4), "right") if x > most / 2 else ((7, 4), "left")  # the name lies inside the picture
+        axes.annotate(one["setting"], (x, y), xytext=shift, textcoords="offset points", fontsize=8, ha=side)
     axes.set_xlabel("peak GPU memory (GiB)")
     axes.set_ylabel("tokens/s")
-    axes.set_xlim(0, 1.3 * max(one["peak_gib"] or 1 for one in points))
+    axes.set_xlim(0, 1.1 * most)
     axes.set_ylim(0, 1.1 * max(one["tokens_per_second"] for one in points))
 
 
