@@ -75,9 +75,6 @@ def exit_code() -> int:
 
 def release_memory() -> None:
     """Gives memory that nothing uses any more back to the system and to the GPU's driver."""
-    if (bitsandbytes := sys.modules.get("bitsandbytes")) is not None:
-        # Paged optimizers put their state into a list of the process, which each later one would move to the GPU again.
-        bitsandbytes.functional.GlobalPageManager.get_instance().paged_tensors.clear()
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
@@ -29,6 +28,7 @@ from intern.errors import RunError, UserError
 from intern.head import score_positions
 from intern.linear import forget_waiting, fuse_adapters
 from intern.norm import fuse_norms
+from intern.optimizers import forget_optimizers
 from intern.precision import Precision
 from intern.prompt import IGNORED
 from intern.run import Run
@@ -378,8 +378,7 @@ class InternTrainer(SFTTrainer):
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
-            # For 8-bit optimizers the library notes the embeddings there, of every model of the process: they would never be freed.
-            bnb.optim.GlobalOptimManager.get_instance().initialize()
+            forget_optimizers()
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The library's; where GPU memory runs out, the whole optimizer step's batches again after `step_back` made room."""

@@ -32,6 +32,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the project, where it is not installed
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 _LONG_RUN = 1000  # optimizer steps
@@ -75,7 +76,6 @@ def train(setting: str, args: argparse.Namespace, started: float) -> dict[str, A
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         if system == "ours":  # flash attention of its own kernel too: the switches above do not reach it
-            sys.path.insert(0, str(ROOT))
             import intern.attention
 
             intern.attention.has_flash_attention = lambda query: False
@@ -186,7 +186,6 @@ def train(setting: str, args: argparse.Namespace, started: float) -> dict[str, A
 
 
 def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: Any, checkpointing: bool) -> Any:
-    sys.path.insert(0, str(ROOT))
     from omegaconf import OmegaConf
     from peft import LoraConfig
     from trl import SFTConfig
@@ -296,6 +295,9 @@ def measure_here(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     finally:
         import torch
 
+        from intern.optimizers import forget_optimizers
+
+        forget_optimizers()  # a peer's too: the next setting would have 1 GiB less
         gc.collect()
         torch.cuda.empty_cache()
 

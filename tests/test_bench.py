@@ -1,10 +1,15 @@
 """The benchmark script at its smallest, on the CPU."""
 
+import gc
+import importlib.util
 import json
 import math
 import subprocess
 import sys
+import weakref
 
+import bitsandbytes as bnb
+import torch
 from conftest import ROOT
 
 BRIEF = ["--precision", "fp32", "--warmup", "1", "--length", "160"]
@@ -37,3 +42,22 @@ def test_in_one_process_we_agree_with_the_plain_recipe_and_settings_may_differ_i
     assert math.isclose(figures["ours"]["losses"][0], figures["trl"]["losses"][0], rel_tol=1e-3)
     assert figures[settings[2]]["tokens_per_step"] == 640
     assert "error" in figures["nobody"]
+
+
+def test_in_one_process_no_setting_holds_what_the_optimizer_of_another_has_noted(monkeypatch):
+    """Whoever trained: each would be measured with less memory than the one before."""
+    spec = importlib.util.spec_from_file_location("bench_train", ROOT / "scripts" / "bench_train.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    noted = []
+
+    def train(*_):
+        embeddings = torch.nn.Embedding(3, 4)
+        noted.append(weakref.ref(embeddings))
+        bnb.optim.GlobalOptimManager.get_instance().register_module_override(embeddings, "weight", {"optim_bits": 32})
+        return {}
+
+    monkeypatch.setattr(script, "train", train)
+    script.measure_here("unsloth", None)
+    gc.collect()
+    assert noted[0]() is None

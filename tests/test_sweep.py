@@ -252,18 +252,6 @@ def test_a_search_for_nothing_says_so_in_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_the_state_of_a_paged_optimizer_goes_with_its_job():
-    import torch
-    from bitsandbytes.functional import GlobalPageManager
-
-    state = torch.zeros(3)
-    GlobalPageManager.get_instance().paged_tensors.append(state)
-    held = weakref.ref(state)
-    del state
-    jobs.release_memory()
-    assert held() is None
-
-
 def test_a_failed_job_lets_go_of_what_its_frames_held(monkeypatch):
     class Model:
         pass

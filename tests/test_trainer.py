@@ -198,8 +198,8 @@ def test_norms_keep_their_form_where_liger_puts_its_own_at_the_beginning_of_trai
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_an_8_bit_optimizer_keeps_no_embeddings_after_training(tmp_path, monkeypatch, fails):
-    """The library notes them in a list of the whole process: a sweep would hold those of every job."""
+def test_an_optimizer_keeps_no_embeddings_and_no_paged_state_after_training(tmp_path, monkeypatch, fails):
+    """The libraries note them in lists of the whole process: a sweep would hold those of every job."""
     noted, register = [], bnb.optim.GlobalOptimManager.register_module_override
 
     def note(manager, module, *more):
@@ -207,6 +207,9 @@ def test_an_8_bit_optimizer_keeps_no_embeddings_after_training(tmp_path, monkeyp
         register(manager, module, *more)
 
     def step(optimizer, closure=None):
+        state = torch.zeros(3)
+        optimizer.page_mng.paged_tensors.append(state)
+        noted.append(weakref.ref(state))
         if fails:
             raise RunError("no step")
 
@@ -215,7 +218,8 @@ def test_an_8_bit_optimizer_keeps_no_embeddings_after_training(tmp_path, monkeyp
     with contextlib.suppress(RunError):
         trained_adapters(tmp_path, faults=[], optim="adamw_bnb_8bit")
     gc.collect()
-    assert [embeddings() for embeddings in noted] == [None]
+    assert len(noted) == (2 if fails else 4)  # the embeddings, and a state for each step
+    assert not any(one() is not None for one in noted)
 
 
 class Logs(TrainerCallback):
