@@ -26,7 +26,8 @@ quickstart: install ## train a tiny model on this machine's CPU, score it agains
 test: install lint ## lint, types, the whole test suite
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-lint: install ## ruff and mypy
+lint: install ## ruff, mypy and the direction of imports
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-cache

@@ -22,10 +22,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from intern import sweep
-from intern.cli import WANTS_TRACEBACK
+from intern.cli import sweep
+from intern.cli.command import WANTS_TRACEBACK
 from intern.errors import UserError
-from intern.run import Run
+from intern.runs.directory import Run
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 
-from intern.cli import command
+from intern.cli.command import command
 from intern.errors import UserError
 
 _MOST_OTHERS = 10  # runs that cannot be compared, in the terminal
@@ -16,9 +16,9 @@ def main(cfg: DictConfig) -> None:
     """Compares runs: table, plots, and the best one."""
     from rich.console import Console
 
-    from intern.comparison import given_paths, read_runs  # not for --help: YAML, matplotlib and rich
-    from intern.overview import advice, narrowed, notes, others, table, write_overview
-    from intern.table import show
+    from intern.display.table import show
+    from intern.evaluation.run_report import advice, narrowed, notes, others, table, write_overview
+    from intern.evaluation.run_table import given_paths, read_runs  # not for --help: YAML, matplotlib and rich
 
     if not isinstance(cfg.top, int) or cfg.top < 1:
         raise UserError(f"top={cfg.top}: must be at least 1")

@@ -5,9 +5,9 @@ import sys
 
 from omegaconf import DictConfig
 
-from intern.cli import command
+from intern.cli.command import command
 from intern.errors import UserError
-from intern.startup import importing
+from intern.model.preload import importing
 
 
 @command("doctor")
@@ -17,8 +17,8 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"format={cfg.format}: must be table or json")
     from rich.console import Console
 
-    from intern.checks import as_json, raise_if_red, show_checks
-    from intern.diagnose import diagnose
+    from intern.inspection.check import as_json, raise_if_red, show_checks
+    from intern.inspection.doctor import diagnose
 
     # Each check imports what it looks at, and some libraries print when they are loaded.
     with importing(), contextlib.redirect_stdout(sys.stderr):

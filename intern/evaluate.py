@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from intern.cli import command
-from intern.run import Run, resolve
+from intern.cli.command import command
+from intern.runs.directory import Run, resolve
 
 if TYPE_CHECKING:
-    from intern.evaluation import Evaluation
+    from intern.evaluation.evaluate import Evaluation
 
 
 @command("evaluate")
@@ -18,8 +18,8 @@ def main(cfg: DictConfig) -> None:
     """Compares base and adapter, or two runs, on the golden rows."""
     run = resolve(cfg.run_dir)
     against = resolve(cfg.against) if cfg.against else None
-    from intern.evaluation import as_json, evaluate  # heavy: keeps --help and a wrong run_dir fast
-    from intern.report import write_report
+    from intern.evaluation.evaluate import as_json, evaluate  # heavy: keeps --help and a wrong run_dir fast
+    from intern.evaluation.report import write_report
 
     evaluation = evaluate(cfg, run, against)
     write_report(evaluation)
@@ -32,9 +32,9 @@ def main(cfg: DictConfig) -> None:
 def _standard_tasks(cfg: DictConfig, run: Run, target: Path) -> None:
     from dataclasses import asdict
 
-    from intern.answer import Intern
-    from intern.harness import score_tasks
-    from intern.table import show
+    from intern.display.table import show
+    from intern.evaluation.lm_eval_tasks import score_tasks
+    from intern.inference.answer import Intern
 
     intern = Intern(run, cfg.generation, cfg.base_model)
     tasks = [str(task) for task in cfg.harness.tasks]
@@ -62,8 +62,8 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def _show(evaluation: "Evaluation") -> None:
-    from intern.report import notes
-    from intern.table import show
+    from intern.display.table import show
+    from intern.evaluation.report import notes
 
     first, second = (side.name for side in evaluation.sides)
     table = []

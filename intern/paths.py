@@ -3,8 +3,8 @@
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
-# A wheel carries conf/ and data/ inside the package; in a checkout they are its neighbours.
-PROJECT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent
+# A wheel carries conf/ and data/ in a folder of its own inside the package; in a checkout they are the package's neighbours.
+PROJECT = _PACKAGE / "_project" if (_PACKAGE / "_project").is_dir() else _PACKAGE.parent
 CONF_DIR = PROJECT / "conf"
 
 

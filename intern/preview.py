@@ -2,8 +2,8 @@
 
 from omegaconf import DictConfig
 
-from intern.cli import command
-from intern.startup import importing
+from intern.cli.command import command
+from intern.model.preload import importing
 
 
 @command("preview")
@@ -11,10 +11,10 @@ def main(cfg: DictConfig) -> None:
     """Shows training rows as the model will see them, and checks all of them."""
     from rich.console import Console
 
-    from intern.checks import raise_if_red
+    from intern.inspection.check import raise_if_red
 
     with importing():
-        from intern.examine import examine  # heavy: keeps --help fast
+        from intern.inspection.preview import examine  # heavy: keeps --help fast
 
     raise_if_red(examine(cfg, Console()), "preview")
 

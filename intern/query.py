@@ -4,10 +4,10 @@ import sys
 
 from omegaconf import DictConfig
 
-from intern.cli import command
+from intern.cli.command import command
 from intern.errors import UserError
-from intern.run import resolve
-from intern.startup import importing
+from intern.model.preload import importing
+from intern.runs.directory import resolve
 
 
 @command("query", free_text=("question", "context"))
@@ -15,7 +15,7 @@ def main(cfg: DictConfig) -> None:
     """Answers a question with a finished run."""
     run = resolve(cfg.run_dir)
     with importing(run.read_config()):
-        from intern.answer import Intern  # heavy: keeps --help and a wrong run_dir fast
+        from intern.inference.answer import Intern  # heavy: keeps --help and a wrong run_dir fast
 
     intern = Intern(run, cfg.generation, cfg.base_model)
     if cfg.question is not None:

@@ -5,11 +5,11 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from intern import sweep
-from intern.cli import command, quoted
+from intern.cli import sweep
+from intern.cli.command import command, quoted
 from intern.errors import UserError
-from intern.run import Run, stopped
-from intern.startup import importing
+from intern.model.preload import importing
+from intern.runs.directory import Run, stopped
 
 
 def _in_place(arguments: list[str]) -> list[str]:
@@ -33,8 +33,8 @@ def main(cfg: DictConfig) -> float:
         run.discard_failed_attempt()
     with run.noting_failure():
         with importing(cfg):
-            from intern.finetune import finetune  # heavy: keeps --help fast
-            from intern.resume import own_config
+            from intern.training.finetune import finetune  # heavy: keeps --help fast
+            from intern.training.resume import own_config
 
         if cfg.resume is not None:
             cfg = own_config(run, cfg, hydra.overrides.task)

@@ -11,9 +11,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from intern.cli import command, quoted
+from intern.cli.command import command, quoted
 from intern.errors import RunError, UserError
-from intern.run import Run
+from intern.runs.directory import Run
 
 _OWN = ("check", "steps", "resume")
 _TIMES = ("train_runtime", "eval_runtime")  # with speeds, the figures that no two runs share
@@ -33,7 +33,7 @@ class Part:
 @command("verify")
 def main(cfg: DictConfig) -> None:
     """Trains once straight and once with a stop, each in a process of its own, and compares everything that is left."""
-    from intern.table import show
+    from intern.display.table import show
 
     if cfg.check != "resume":
         raise UserError(f"check={cfg.check}: must be resume")

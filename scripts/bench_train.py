@@ -76,9 +76,9 @@ def train(setting: str, args: argparse.Namespace, started: float) -> dict[str, A
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         if system == "ours":  # flash attention of its own kernel too: the switches above do not reach it
-            import intern.attention
+            import intern.kernels.isolated_attention
 
-            intern.attention.has_flash_attention = lambda query: False
+            intern.kernels.isolated_attention.has_flash_attention = lambda query: False
 
     class Clock(TrainerCallback):
         """When the first step, the last warm one and the last one ended; in between nothing waits for the GPU on the clock's account."""
@@ -137,8 +137,8 @@ def train(setting: str, args: argparse.Namespace, started: float) -> dict[str, A
     trainer = build(args, common, dtype, rows, tokenizer, checkpointing or "auto" in flags)
     memory = None
     if system == "ours" and on_gpu and (checkpointing or "auto" in flags):
-        from intern.memory import FitMemory
-        from intern.run import Run
+        from intern.memory.callback import FitMemory
+        from intern.runs.directory import Run
 
         (folder := Path(common["output_dir"])).mkdir(exist_ok=True)
         trainer.add_callback(memory := FitMemory(Run(folder), checkpointing, "eager" not in flags))
@@ -190,11 +190,11 @@ def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: A
     from peft import LoraConfig
     from trl import SFTConfig
 
-    from intern.model import Base
-    from intern.precision import Precision
-    from intern.quant import build_quant
-    from intern.rules import Shape, batches_need_no_padding
-    from intern.trainer import InternTrainer, StepRules
+    from intern.model.base import Base
+    from intern.model.precision import Precision
+    from intern.model.quant import build_quant
+    from intern.training.rules import Shape, batches_need_no_padding
+    from intern.training.trainer import InternTrainer, StepRules
 
     node = {"pretrained_model_name_or_path": str(args.checkpoint), "attn_implementation": "isolated"}
     base = Base(OmegaConf.create(node | {"quantized_cache": args.cache, "quantized_cache_gib": 24}))
@@ -206,7 +206,7 @@ def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: A
     config = SFTConfig(
         **common,
         activation_checkpointing=checkpointing,
-        logging_nan_inf_filter=False,  # as intern/trainer.py has it
+        logging_nan_inf_filter=False,  # as intern/training/trainer.py has it
         include_num_input_tokens_seen="non_padding",
         dataset_kwargs={"skip_prepare_dataset": not common["packing"]},
     )
@@ -295,7 +295,7 @@ def measure_here(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     finally:
         import torch
 
-        from intern.optimizers import forget_optimizers
+        from intern.upstream import forget_optimizers
 
         forget_optimizers()  # a peer's too: the next setting would have 1 GiB less
         gc.collect()

@@ -13,9 +13,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from intern.checks import show_checks
-from intern.diagnose import diagnose
-from intern.examine import examine
+from intern.inspection.check import show_checks
+from intern.inspection.doctor import diagnose
+from intern.inspection.preview import examine
 from intern.paths import CONF_DIR, PROJECT
 
 COLUMNS = 110

@@ -30,10 +30,10 @@ os.environ |= {
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from intern.display.table import show
 from intern.errors import UserError
 from intern.paths import CONF_DIR
-from intern.run import Run, resolve
-from intern.table import show
+from intern.runs.directory import Run, resolve
 from intern.verify import compare
 
 STEPS, SAVE = 12, 3
@@ -125,7 +125,7 @@ def train(run: Run, kind: str, number: int, log: Path) -> tuple[int, list[int]]:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             counted = [at_file_operation(run, number * (kind == "file")), at_half_a_file(number * (kind == "half"))]
-            from intern.finetune import finetune
+            from intern.training.finetune import finetune
 
             finetune(configuration(), run)
             os.write(write, " ".join(str(count[0]) for count in counted).encode())
@@ -171,7 +171,7 @@ def main() -> None:
     chance = random.Random(arguments.seed)
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     log = folder / "processes.log"
-    import intern.finetune  # noqa: F401  # loaded once, for all the forks
+    import intern.training.finetune  # noqa: F401  # loaded once, for all the forks
 
     reference = Run(folder / "reference")
     started = time.monotonic()

@@ -27,11 +27,11 @@ import torch
 from omegaconf import OmegaConf
 from transformers import BitsAndBytesConfig
 
-from intern.data import DataFile, read_rows, tokenize
-from intern.model import Base
+from intern.data.files import DataFile, read_rows, tokenize
+from intern.data.prompt import Prompt
+from intern.model.base import Base
+from intern.model.precision import Precision
 from intern.paths import PROJECT
-from intern.precision import Precision
-from intern.prompt import Prompt
 
 ROWS = 6000
 

@@ -1,0 +1,1 @@
+"""Hydra around a task: one-line errors, exit codes, sweeps."""

@@ -1,0 +1,75 @@
+"""A config node -> a validated object of the library class whose keyword arguments it holds."""
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import TypeAdapter, ValidationError
+
+from intern.config.suggestions import unknown
+from intern.errors import UserError
+
+T = TypeVar("T")
+
+
+def plain(node: DictConfig | None) -> dict[str, Any]:
+    """The node as built-in types, interpolations resolved: a leftover ListConfig breaks what libraries write to JSON."""
+    values = OmegaConf.to_container(node, resolve=True) if node is not None else {}
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def build(cls: type[T], values: dict[str, Any], group: str) -> T:
+    """`cls(**values)`, its names and types checked first.
+
+    Raises:
+        UserError: a key that `cls` does not take, a value of the wrong type, or one that `cls` refuses; names the group and key.
+    """
+    check_names(values, _parameters(cls), group)
+    try:
+        built = TypeAdapter(cls).validate_python(values) if _is_plain_dataclass(cls) else cls(**values)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join([group, *(str(part) for part in fault["loc"][:1])])
+        value = f"={fault['input']!r}" if fault["loc"] and fault["type"] != "missing" else ""
+        raise UserError(f"{key}{value}: {_complaint(fault)}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{group}: {' '.join(str(error).split())}") from error
+    for key, value in values.items():  # "no" in quotes is text: what else reads the raw value would take it for true
+        if isinstance(value, str) and isinstance(getattr(built, key, None), bool | int | float):
+            raise UserError(
+                f"{group}.{key}={value!r}: text where a number, true or false is meant: leave out the quotes"
+            )
+    return built
+
+
+def _complaint(fault: Mapping[str, Any]) -> str:
+    """pydantic's finding in our words."""
+    kind = str(fault["type"]).split("_")[0]
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
+    if kind in words:
+        return f"must be {words[kind]}"
+    if kind == "missing":
+        return "is missing"
+    text = " ".join(str(fault["msg"]).removeprefix("Value error, ").split())
+    return text.replace("Input should be", "must be")
+
+
+def check_names(values: Iterable[str], known: Iterable[str], group: str = "") -> None:
+    """Raises UserError for the first key that is not known, with the nearest right name."""
+    for key in values:
+        if key not in known:
+            raise UserError(unknown(key, known, group))
+
+
+def _is_plain_dataclass(cls: type) -> bool:
+    """Whether the class has a dataclass's own constructor: some libraries decorate classes that then write their own."""
+    return dataclasses.is_dataclass(cls) and [
+        field.name for field in dataclasses.fields(cls) if field.init
+    ] == _parameters(cls)
+
+
+def _parameters(cls: type) -> list[str]:
+    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    return [name for name, parameter in inspect.signature(cls).parameters.items() if parameter.kind in named]

@@ -1,0 +1,1 @@
+"""Finished runs -> scores, intervals, tables and reports."""

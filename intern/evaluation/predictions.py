@@ -1,0 +1,172 @@
+"""A loaded run and golden rows -> predictions.jsonl, appended batch by batch: a second start with the same inputs goes on there."""
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from intern.errors import RunError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from intern.inference.answer import Intern
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one model made of one golden row."""
+
+    model: str
+    row: int  # the line of the golden file
+    answer: str
+    ended: bool  # by itself; False: cut off at max_new_tokens
+    tokens: int  # of the answer, without its end of turn
+    loss: float | None  # nats, summed over the reference's tokens; None: the row does not fit into the trained length
+    loss_tokens: int
+    seconds: float  # the row's share of the time that its batch took to answer
+
+
+_CHECKED = TypeAdapter(Prediction)
+
+
+class Predictions:
+    """The predictions of one evaluation on disk, with the inputs that they were made from."""
+
+    def __init__(self, folder: Path, inputs: dict[str, Any]) -> None:
+        """Takes over what an earlier start with the same inputs has left in `folder`; anything else there starts anew.
+
+        Args:
+            folder: holds inputs.json and predictions.jsonl.
+            inputs: everything that decides an answer, as JSON knows it.
+        """
+        self.path = folder / "predictions.jsonl"
+        self._known: dict[tuple[str, int], Prediction] = {}
+        stored = folder / "inputs.json"
+        before = None
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads(stored.read_text(encoding="utf-8"))
+        (folder / "metrics.json").unlink(missing_ok=True)  # whoever reads it may rely on what lies beside it
+        if before == inputs:
+            self._known = {(one.model, one.row): one for one in _read(self.path)}
+        else:
+            if self.path.exists():
+                log.warning("%s: made from other inputs, starting anew", self.path)
+            self.path.unlink(missing_ok=True)
+            stored.write_text(json.dumps(inputs, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        self._write(self._known.values())
+
+    def of(self, model: str, rows: Sequence[int]) -> list[Prediction] | None:
+        """One model's predictions for these rows, in their order; None where one is missing."""
+        found = [self._known.get((model, row)) for row in rows]
+        return [one for one in found if one is not None] if None not in found else None
+
+    def add(self, batch: Sequence[Prediction]) -> None:
+        """Appends a whole batch: what a kill cuts short is made again as the same batch, so the numbers stay the same."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(_line(one) for one in batch))
+        self._known |= {(one.model, one.row): one for one in batch}
+
+    def put_in_order(self, models: Sequence[str]) -> None:
+        """Rewrites the file in the order of the golden file, one model after the other."""
+        self._write(sorted(self._known.values(), key=lambda one: (one.row, models.index(one.model))))
+
+    def _write(self, predictions: Iterable[Prediction]) -> None:
+        draft = self.path.with_name(f".{self.path.name}")
+        draft.write_text("".join(_line(one) for one in predictions), encoding="utf-8")
+        draft.replace(self.path)
+
+
+def _line(prediction: Prediction) -> str:
+    return json.dumps(asdict(prediction), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _read(path: Path) -> list[Prediction]:
+    """The whole lines of the file; one that a kill cut short is left out."""
+    found = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValidationError):
+                found.append(_CHECKED.validate_json(line, strict=True, extra="forbid"))
+    return found
+
+
+def predict(
+    intern: "Intern", name: str, golden: "Dataset", with_material: bool, batch_size: int, seed: int, done: Predictions
+) -> None:
+    """Scores and answers every golden row with the model as it is now; what `done` has already is not made again.
+
+    Rows of one length go together, the longest first: little padding, and memory that runs out does so at once.
+
+    Raises:
+        UserError: a question is too long for the model.
+        RunError: a loss that is no number.
+    """
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
+    from intern.inference.generate import answer_text, generate_ids
+    from intern.inference.losses import answer_losses
+
+    questions, references, numbers = (list(golden[column]) for column in ("question", "answer", "row"))
+    shown = list(golden["chunk_text"]) if with_material else [None] * len(golden)
+    encoded = intern.prompt.encode(intern.tokenizer, questions, references, shown, intern.cfg.trainer.max_length)
+    lengths = [len(row.input_ids) if row is not None else intern.cfg.trainer.max_length for row in encoded]
+    order = sorted(range(len(golden)), key=lambda index: (-lengths[index], index))
+    batches: Iterable[tuple[int, list[int]]] = list(
+        enumerate(order[first : first + batch_size] for first in range(0, len(order), batch_size))
+    )
+    console = Console(stderr=True)
+    if console.is_terminal:
+        batches = track(list(batches), description=f"answers: {name}", console=console)
+    for number, batch in batches:
+        if done.of(name, [numbers[index] for index in batch]) is not None:
+            continue
+        fitting = [(index, row) for index in batch if (row := encoded[index]) is not None]
+        inputs = [{"input_ids": row.input_ids, "labels": row.labels} for _, row in fitting]
+        scored = answer_losses(intern.model, inputs, intern.tokenizer.pad_token_id, batch_size)
+        losses = {index: loss for (index, _), loss in zip(fitting, scored, strict=True)}
+        for index, (loss, _) in losses.items():
+            if not math.isfinite(loss):
+                raise RunError(
+                    f"{name}: the loss on golden row {numbers[index]} is {loss}: train again with a lower trainer.learning_rate"
+                )
+        torch.manual_seed(seed + number)  # sampled answers repeat too, wherever an interruption came
+        start = time.perf_counter()
+        replies = list(
+            generate_ids(
+                intern.model,
+                intern.tokenizer,
+                intern.prompt,
+                intern.generation,
+                [questions[index] for index in batch],
+                [shown[index] for index in batch],
+                batch_size,
+            )
+        )
+        seconds = (time.perf_counter() - start) / len(batch)
+        done.add(
+            [
+                Prediction(
+                    model=name,
+                    row=numbers[index],
+                    answer=answer_text(intern.tokenizer, ids),
+                    ended=ended,
+                    tokens=len(ids),
+                    loss=losses[index][0] if index in losses else None,
+                    loss_tokens=losses[index][1] if index in losses else 0,
+                    seconds=round(seconds, 4),
+                )
+                for index, (ids, ended) in zip(batch, replies, strict=True)
+            ]
+        )

@@ -1,0 +1,1 @@
+"""A model and questions -> answers and losses."""

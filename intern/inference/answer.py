@@ -1,0 +1,142 @@
+"""A finished run -> answers: loads base and adapter once, asks with the prompt that was trained."""
+
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStreamer
+
+from intern.data.prompt import Prompt
+from intern.errors import UserError
+from intern.inference.generate import build_generation, generate
+from intern.model.base import Base
+from intern.model.precision import plan_inference
+from intern.model.quant import build_quant
+from intern.paths import CONF_DIR
+from intern.runs.directory import Run, resolve
+from intern.runs.untrusted import check_adapter, shapes
+from intern.upstream import route_messages
+
+log = logging.getLogger(__name__)
+
+
+class Intern:
+    """A finished run, loaded: base model, adapter, tokenizer and the prompt of its training."""
+
+    def __init__(self, run: Run, generation: DictConfig | dict[str, Any], model: str | None = None) -> None:
+        """Loads the run.
+
+        Args:
+            run: the run directory.
+            generation: transformers.GenerationConfig's keys, such as max_new_tokens.
+            model: the base model's folder or name, where it is not where the run was trained.
+
+        Raises:
+            UserError: a file of the run or its base model cannot be read, or a key of `generation` is wrong.
+        """
+        route_messages()
+        cfg = run.read_config()
+        if cfg.model.get("quantized_cache") is not None:  # a stranger's run does not say where files are written
+            shipped = OmegaConf.load(CONF_DIR / "model" / "llama3_8b.yaml")
+            OmegaConf.update(cfg, "model.quantized_cache", shipped.quantized_cache)
+            OmegaConf.update(cfg, "model.quantized_cache_gib", shipped.quantized_cache_gib)
+        place = f"{run.config}: " if model is None else ""
+        if model is not None:
+            OmegaConf.update(cfg, "model.pretrained_model_name_or_path", model)
+        self.run = run
+        self.cfg = cfg
+        self.prompt = Prompt.from_json(run.read_json(run.prompt), str(run.prompt))
+        lora = check_adapter(run.adapter, run.path)
+        _tell_where_from(run, cfg)
+        try:
+            base = Base(cfg.model)
+            quant = build_quant(cfg.quant)
+        except UserError as error:
+            raise UserError(f"{place}{error}") from error
+        self.precision = plan_inference(quant.bnb_4bit_compute_dtype if quant is not None else None)
+        base.check_fit(quant, self.precision)
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                run.adapter, trust_remote_code=False, local_files_only=True
+            )
+            self.generation = build_generation(generation, self.prompt, self.tokenizer)
+            base_model = base.load(quant, self.precision)
+            self.model = PeftModel.from_pretrained(base_model, str(run.adapter), config=lora).eval()
+            weights = run.adapter / "adapter_model.safetensors"
+            wanted = set(get_peft_model_state_dict(self.model, save_embedding_layers=False))
+            if missing := sorted(wanted - {name for name, _ in shapes(weights)}):
+                raise UserError(
+                    f"{weights}: {len(missing)} tensors are missing, such as {missing[0]}: answers would be wrong"
+                )
+        except Exception as error:  # of a file that is not as it should be, tokenizers and PEFT raise whatever comes
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{run.adapter}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+
+    def answer(self, question: str, context: str | None = None) -> str:
+        """The answer to one question, with its material where the run was trained with material."""
+        self.prompt.check_question(question, context)
+        [(answer, _)] = generate(self.model, self.tokenizer, self.prompt, self.generation, [question], [context])
+        return answer
+
+    def stream(self, question: str, context: str | None = None) -> Iterator[str]:
+        """The same answer, piece by piece as it is made."""
+        self.prompt.check_question(question, context)
+        pieces = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        asked = (self.model, self.tokenizer, self.prompt, self.generation, [question], [context])
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                list(generate(*asked, streamer=pieces))
+            except BaseException as error:  # raised again where somebody waits for the answer
+                failures.append(error)
+                pieces.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        yield from pieces
+        thread.join()
+        if failures:
+            raise failures[0]
+
+
+def _tell_where_from(run: Run, cfg: DictConfig) -> None:
+    """A run from elsewhere decides one thing that its reader may not expect: the base model that is loaded."""
+    made_at = run.read_json(run.environment).get("run_dir") if run.environment.exists() else None
+    if made_at != str(run.path):
+        log.warning(
+            "%s was trained elsewhere; the base model that it names is %s (base_model=... takes another)",
+            run.path,
+            OmegaConf.select(cfg, "model.pretrained_model_name_or_path"),
+        )
+
+
+def query_intern(question: str, run_dir: str | Path = "latest", context: str | None = None) -> str:
+    """Answers a question with a finished run, loaded at the first call and kept for the next ones.
+
+    Args:
+        question: as a person would ask it.
+        run_dir: a run, "latest", "best", or a sweep (its best job).
+        context: material for this question, where the run was trained with data.context=always or mixed.
+
+    Returns:
+        The answer alone.
+
+    Raises:
+        UserError: there is no such run, or it cannot be asked this way.
+    """
+    run = resolve(run_dir)
+    return _loaded(run, run.metrics.stat().st_mtime_ns).answer(question, context)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(run: Run, version: int) -> Intern:  # a run that was trained anew is loaded anew
+    generation = OmegaConf.load(CONF_DIR / "generation" / "greedy.yaml")
+    assert isinstance(generation, DictConfig)
+    return Intern(run, generation)

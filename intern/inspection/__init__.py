@@ -1,0 +1,1 @@
+"""What a run would see and whether it can run here, before it starts."""

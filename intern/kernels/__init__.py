@@ -1,0 +1,1 @@
+"""Faster forward and backward passes for layers of transformers, TRL and PEFT."""

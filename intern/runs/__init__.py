@@ -1,0 +1,1 @@
+"""The run directory: its files, their writer and their careful reader."""

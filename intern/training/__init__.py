@@ -1,0 +1,1 @@
+"""A composed configuration -> a finished run."""

@@ -1,0 +1,106 @@
+"""A composed configuration -> everything that a training run needs, checked before weights load."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from omegaconf import DictConfig
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from intern.config.build import build, plain
+from intern.data.files import DataFile, Tokenized, read_rows, tokenize
+from intern.data.prompt import Prompt
+from intern.data.settings import DataConfig
+from intern.memory.callback import FitMemory
+from intern.model.base import Base
+from intern.model.lora import build_lora
+from intern.model.precision import Precision, plan_training
+from intern.model.quant import build_quant
+from intern.runs.directory import Run
+from intern.training.rules import Shape, batches_need_no_padding, check_shape, check_values
+from intern.training.trackers import check_logger
+from intern.training.trainer import AUTO, StepRules, build_rules, build_training_args
+
+_LONG_DATA = 20_000  # rows from which tokenizing is worth a progress bar
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Everything that is known to be right before the model's weights are touched."""
+
+    rules: StepRules
+    args: SFTConfig
+    memory: FitMemory | None  # on a GPU, unless trainer.activation_checkpointing=false
+    lora: LoraConfig
+    quant: BitsAndBytesConfig | None
+    precision: Precision
+    base: Base
+    tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt
+    logger: dict[str, Any]
+    train_file: DataFile
+    eval_file: DataFile | None
+    train: Tokenized
+    eval_rows: Dataset | None
+    eval: Tokenized | None
+
+    @property
+    def files(self) -> list[DataFile]:
+        """The data files that the run depends on."""
+        return [file for file in (self.train_file, self.eval_file) if file is not None]
+
+
+def build_plan(cfg: DictConfig, run: Run) -> TrainingPlan:
+    """Checks everything that can be checked without the model's weights, the cheapest first."""
+    values = plain(cfg)
+    check_values(values)
+    logger = check_logger(cfg.logger)
+    rules = build_rules(cfg.trainer)
+    lora = build_lora(cfg.lora)
+    quant = build_quant(cfg.quant)
+    data = build(DataConfig, plain(cfg.data), "data")
+    train_file = DataFile.find(data.train_file, "data.train_file")
+    eval_file = DataFile.find(data.eval_file, "data.eval_file") if data.eval_file else None
+    trainer = values["trainer"]
+    compute_dtype = quant.bnb_4bit_compute_dtype if quant is not None else None
+    precision = plan_training(bool(trainer.get("use_cpu")), trainer.get("fp16"), trainer.get("bf16"), compute_dtype)
+    args = build_training_args(cfg.trainer, run, precision, cfg.seed, evaluates=eval_file is not None)
+    base = Base(cfg.model)
+    base.check_fit(quant, precision)
+    tokenizer = base.tokenizer()
+    shape = Shape(base.config, base.skeleton, tokenizer)
+    check_shape(values, shape, lora)
+    args.padding_free = args.padding_free or batches_need_no_padding(values, lambda: shape)
+    prompt = Prompt.from_tokenizer(tokenizer, data.system_prompt, data.context)
+    train_rows = read_rows(train_file, needs_material=data.context != "never")
+    eval_rows = read_rows(eval_file, needs_material=data.context != "never") if eval_file is not None else None
+    if len(train_rows) < _LONG_DATA:
+        datasets.disable_progress_bars()
+    length = int(trainer["max_length"])
+    train = tokenize(train_rows, tokenizer, prompt, length, data.num_proc, train_file.path.name)
+    evaluated = None
+    if eval_rows is not None and eval_file is not None:
+        evaluated = tokenize(eval_rows, tokenizer, prompt, length, data.num_proc, eval_file.path.name, scoring=True)
+    memory = None
+    if args.activation_checkpointing and precision.device == "cuda":
+        memory = FitMemory(run, every_layer=trainer["activation_checkpointing"] != AUTO, cuda_graphs=rules.cuda_graphs)
+    return TrainingPlan(
+        rules=rules,
+        args=args,
+        memory=memory,
+        lora=lora,
+        quant=quant,
+        precision=precision,
+        base=base,
+        tokenizer=tokenizer,
+        prompt=prompt,
+        logger=logger,
+        train_file=train_file,
+        eval_file=eval_file,
+        train=train,
+        eval_rows=eval_rows,
+        eval=evaluated,
+    )

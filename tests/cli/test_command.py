@@ -1,0 +1,55 @@
+"""The commands as a shell sees them."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT, command
+
+COMMANDS = sorted(path.stem for path in (ROOT / "intern").glob("*.py") if '__name__ == "__main__"' in path.read_text())
+
+
+def test_there_are_commands():
+    assert COMMANDS == ["compare", "doctor", "evaluate", "preview", "query", "train", "verify"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_loads_nothing_heavy(name):
+    code = f"import sys; sys.argv = ['x', '--help']; import intern.{name} as m\ntry: m.main()\nfinally: sys.stderr.write(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "Powered by Hydra" in done.stdout
+    loaded = set(done.stderr.split())
+    assert "hydra" in loaded
+    assert not loaded & {"torch", "transformers", "datasets", "wandb", "peft", "trl", "pandas", "matplotlib"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_primary_config_of_its_name(name):
+    done = command(f"intern.{name}", "--cfg", "job")
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "lora.rr=3",
+            "lora.rr: unknown key; did you mean lora.r? (a key of the library that no group file has is added with a plus: +lora.rr=...)",
+        ),
+        ("loraa=qkvo", "loraa: unknown key; did you mean lora?"),
+        ("lora=qkv", "qkvo"),
+        ("experiment=nothing", "tiny_cpu"),
+    ],
+)
+def test_a_mistake_in_an_override_is_one_line(override, line):
+    start = time.monotonic()
+    done = command("intern.train", override, check=False)
+    assert done.returncode == 2 and line in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert time.monotonic() - start < 30
+
+
+def test_hydras_full_error_shows_the_traceback():
+    done = command("intern.query", "run_dir=nowhere", check=False, HYDRA_FULL_ERROR="1")
+    assert "Traceback" in done.stderr and "no such folder" in done.stderr and done.returncode == 2

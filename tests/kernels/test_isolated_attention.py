@@ -1,0 +1,303 @@
+"""Packed rows never see each other: the isolated attention against every row alone."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+import intern.kernels.isolated_attention
+from intern.kernels import cudnn_attention
+from intern.kernels.decoder_layers import decoder_layers
+from intern.kernels.isolated_attention import isolated_attention, register
+from intern.kernels.recompute import offload_inputs
+from intern.model.base import Base
+
+_IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+LENGTHS = (7, 33, 1, 18, 50)
+
+
+@pytest.fixture(scope="module")
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def model(device):
+    base = Base(OmegaConf.create({"pretrained_model_name_or_path": "data/tiny_llama3"}))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return AutoModelForCausalLM.from_pretrained(base.name, attn_implementation=register(), dtype=dtype).to(device)
+
+
+def rows(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randint(10, 3000, (length,), generator=generator).tolist() for length in LENGTHS]
+    return [{"input_ids": ids, "labels": ids} for ids in drawn]
+
+
+def packed(some, device):
+    row = {
+        "input_ids": [token for one in some for token in one["input_ids"]],
+        "labels": [token for one in some for token in one["labels"]],
+        "seq_lengths": [len(one["input_ids"]) for one in some],
+    }
+    batch = DataCollatorForLanguageModeling(pad_token_id=2, padding_free=True)([row])
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def logits(model, batch):
+    return model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits.float()
+
+
+def close(model):
+    return {"atol": 1e-4, "rtol": 1e-4} if model.dtype == torch.float32 else {"atol": 0.15, "rtol": 0.05}
+
+
+def test_a_packed_row_has_the_logits_it_has_alone(model, device):
+    together = logits(model, packed(rows(), device))[0].split(LENGTHS)
+    for row, ours in zip(rows(), together, strict=True):
+        alone = model(input_ids=torch.tensor([row["input_ids"]], device=device)).logits.float()[0]
+        torch.testing.assert_close(ours, alone, **close(model))
+
+
+def test_packed_gradients_are_the_sum_of_the_rows_own(model, device):
+    def gradients(losses):
+        twin = copy.deepcopy(model)
+        sum(losses(twin)).backward()
+        return torch.cat([parameter.grad.float().flatten() for parameter in twin.parameters()])
+
+    def loss(out, row):
+        return torch.nn.functional.cross_entropy(
+            out[:-1], torch.tensor(row["input_ids"][1:], device=device), reduction="sum"
+        )
+
+    def in_a_pack(twin):
+        return [
+            loss(out, row)
+            for row, out in zip(rows(), logits(twin, packed(rows(), device))[0].split(LENGTHS), strict=True)
+            if len(out) > 1
+        ]
+
+    def alone(twin):
+        return [
+            loss(twin(input_ids=torch.tensor([row["input_ids"]], device=device)).logits.float()[0], row)
+            for row in rows()
+            if len(row["input_ids"]) > 1
+        ]
+
+    ours, theirs = gradients(in_a_pack), gradients(alone)
+    assert torch.linalg.norm(ours - theirs) / torch.linalg.norm(theirs) < (
+        1e-4 if model.dtype == torch.float32 else 0.05
+    )
+
+
+def test_a_changed_row_never_changes_its_neighbours(model, device):
+    before = logits(model, packed(rows(), device))[0].split(LENGTHS)
+    changed = rows()
+    changed[1] = {"input_ids": [11] * LENGTHS[1], "labels": [11] * LENGTHS[1]}
+    after = logits(model, packed(changed, device))[0].split(LENGTHS)
+    assert [torch.equal(one, other) for one, other in zip(before, after, strict=True)] == [
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]
+
+
+def test_numbers_that_autocast_left_wide_are_narrowed():
+    """In a float32 model the rotation gives float32 queries and keys, and the values stay as autocast made them."""
+    query, key, value = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    boundaries = torch.tensor([0, 2, 5], dtype=torch.int32)
+    packed_rows = {"cu_seq_lens_q": boundaries, "max_length_q": 3}
+    out, _ = isolated_attention(torch.nn.Identity(), query, key, value.bfloat16(), None, **packed_rows)
+    whole, _ = isolated_attention(torch.nn.Identity(), query, key, value, None, **packed_rows)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), whole, atol=0.05, rtol=0.05)
+
+
+def test_no_mask_is_made_for_a_packed_batch(model, device, monkeypatch):
+    monkeypatch.setattr(intern.kernels.isolated_attention, "sdpa_mask", lambda **kwargs: pytest.fail("a mask was made"))
+    logits(model, packed(rows(), device))
+
+
+def test_padded_batches_and_generation_are_transformers_own(model, device):
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("sdpa")
+    ids = torch.tensor([[2, 2, 2, 100, 101], [100, 101, 102, 103, 104]], device=device)
+    mask = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]], device=device)
+    for twin in (model, reference):
+        twin.eval()
+    assert torch.equal(
+        model(input_ids=ids, attention_mask=mask).logits, reference(input_ids=ids, attention_mask=mask).logits
+    )
+    asked = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
+    assert torch.equal(model.generate(**asked), reference.generate(**asked))
+
+
+class _Graph:
+    """Stands for one of cuDNN's kernels: the same sizes and lists, computed row by row."""
+
+    def __init__(self, calls, sizes, is_backward):
+        self.calls, self.sizes, self.is_backward = calls, sizes, is_backward
+
+    def run(self, given):
+        self.calls.append(("backward" if self.is_backward else "forward", self.sizes.heads))
+        sizes, lengths = self.sizes, given["lengths"].tolist()
+        assert len(lengths) == sizes.rows and sum(lengths) == len(given["query"]) <= sizes.tokens
+        assert max(lengths) <= sizes.longest
+        starts = (given["query_begins"] // (sizes.heads * sizes.head_size)).tolist()
+        assert (given["key_begins"] // (sizes.key_heads * sizes.head_size)).tolist() == starts
+        for row, (start, size) in enumerate(zip(starts, lengths, strict=False)):
+            if size:
+                self._row(given, slice(start, start + size), row)
+
+    @torch.enable_grad()
+    def _row(self, given, tokens, row):
+        query, key, value = (given[name][tokens].detach().requires_grad_() for name in ("query", "key", "value"))
+        groups = self.sizes.heads // self.sizes.key_heads
+        weights = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(groups, 1)) * self.sizes.scaling
+        weights = weights.masked_fill(torch.ones(weights.shape[1:]).tril() == 0, -math.inf)
+        sums = weights.logsumexp(-1).detach()
+        kept = given["sums"][row, :, : len(query)] if self.sizes.is_padded else given["sums"][tokens].T
+        out = torch.einsum("hqk,khd->qhd", weights.softmax(-1), value.repeat_interleave(groups, 1))
+        if not self.is_backward:
+            given["out"][tokens] = out.detach()
+            kept.copy_(sums)
+            return
+        torch.testing.assert_close(kept, sums)
+        torch.testing.assert_close(given["out"][tokens], out)
+        found = torch.autograd.grad(out, (query, key, value), given["grad"][tokens])
+        for name, gradient in zip(("grad_query", "grad_key", "grad_value"), found, strict=True):
+            given[name][tokens] = gradient
+
+
+@pytest.fixture
+def fake_cudnn(monkeypatch):
+    """The calls of kernels that CPUs do not have, in their place."""
+    calls = []
+    monkeypatch.setattr(cudnn_attention, "_is_built", lambda sizes: True)
+    monkeypatch.setattr(cudnn_attention, "_forward_graph", lambda sizes: _Graph(calls, sizes, False))
+    monkeypatch.setattr(cudnn_attention, "_backward_graph", lambda sizes: _Graph(calls, sizes, True))
+    return calls
+
+
+@pytest.mark.parametrize("lengths", [[5, 1, 9, 3], [40], [3] * 30 + [60]])
+@pytest.mark.parametrize("turns", [1, 2, 4])
+def test_cudnn_is_told_where_rows_begin_and_which_heads_are_whose(lengths, turns, fake_cudnn, monkeypatch):
+    tokens, heads, key_heads, size = sum(lengths), 8, 4, 16
+    boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    torch.manual_seed(0)
+    drawn = [torch.randn(tokens, count, size) for count in (heads, key_heads, key_heads)]
+    sizes = cudnn_attention._Sizes.of(*drawn[:2], len(lengths), max(lengths), 0.3)
+    monkeypatch.setattr(cudnn_attention, "_WORKSPACE", 3 * 4 * size * sizes.tokens * heads // turns)
+
+    def out_and_gradients(attend):
+        given = [one.clone().requires_grad_() for one in drawn]
+        out = attend(*given)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+        return [out.detach(), *(one.grad for one in given)]
+
+    def whole(query, key, value):
+        rows = (one.transpose(0, 1)[None] for one in (query, key, value))
+        query, key, value = rows
+        shared = (intern.kernels.isolated_attention.repeat_kv(one, heads // key_heads) for one in (key, value))
+        return intern.kernels.isolated_attention._row_by_row(query, *shared, lengths, 0.3)[0]
+
+    found = out_and_gradients(lambda *rows: cudnn_attention.attend(*rows, boundaries, max(lengths), 0.3))
+    assert fake_cudnn == [("forward", heads)] + [("backward", heads // turns)] * turns
+    for mine, other in zip(found, out_and_gradients(whole), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+
+
+def test_a_kernel_serves_batches_of_like_size():
+    rounded = cudnn_attention._rounded
+    assert [rounded(count, 2) for count in (1, 2, 3, 1360, 2048, 2049)] == [1, 2, 4, 2048, 2048, 4096]
+    assert [rounded(count, 8) for count in (1, 2, 8, 9, 45, 64, 65)] == [1, 8, 8, 64, 64, 64, 512]
+    assert [rounded(count, 2, 8) for count in (1, 7, 16, 17, 16321, 16384)] == [1, 7, 16, 18, 16384, 16384]
+    assert all(count <= rounded(count, 2, 8) <= count * 9 / 8 for count in range(1, 3000))
+
+
+def test_a_build_pays_in_long_runs_and_sooner_with_long_rows():
+    llama = {"layers": 32, "width": 4096}
+    assert not cudnn_attention.pays(400_000, 1000, **llama)
+    assert cudnn_attention.pays(400_000, 40, **llama)
+    assert cudnn_attention.pays(16_000_000, 40_000, **llama)
+    assert not cudnn_attention.pays(16_000_000, 40_000, layers=4, width=256)
+    assert not cudnn_attention.has_kernels() or _IS_HOPPER
+
+
+def test_rows_attend_once_where_layers_keep_results(fake_cudnn, monkeypatch):
+    def loss_and_gradients(keeps_results):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2
+        )
+        twin = LlamaForCausalLM._from_config(config, attn_implementation=register()).train()
+        twin.gradient_checkpointing_enable()
+        offload_inputs(decoder_layers(twin), preserve_rng_state=False, keeps_results=keeps_results)
+        batch = DataCollatorForLanguageModeling(pad_token_id=2, padding_free=True)(
+            [{"input_ids": list(range(40)), "seq_lengths": [15, 25]}]
+        )
+        del batch["seq_idx"]
+        loss = twin(**batch).loss
+        loss.backward()
+        return [loss.detach(), *(parameter.grad for parameter in twin.parameters())]
+
+    expected = loss_and_gradients(False)
+    assert not fake_cudnn  # a CPU has its own way
+    monkeypatch.setattr(intern.kernels.isolated_attention, "_row_by_row", with_cudnn)
+    found = loss_and_gradients(True)
+    assert fake_cudnn == [("forward", 2)] * 3 + [("backward", 2)] * 3
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+
+
+def with_cudnn(query, key, value, lengths, scaling):
+    boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    flat = [one[0].transpose(0, 1) for one in (query, key, value)]
+    return cudnn_attention.attend(*flat, boundaries, max(lengths), scaling)[None]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not cudnn_attention.has_kernels(), reason="needs a Hopper GPU and cuDNN's frontend")
+@pytest.mark.parametrize("lengths", [[3000, 5000], [1, 2047, 3, 129, 500, 1, 63], [7] * 300 + [4096]])
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cudnn_gives_what_flash_attention_gives(lengths, turns, dtype, monkeypatch):
+    generator = torch.Generator("cuda").manual_seed(0)
+    drawn = [
+        torch.randn((sum(lengths), heads, 128), generator=generator, device="cuda", dtype=dtype) for heads in (8, 2, 2)
+    ]
+    boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+    monkeypatch.setattr(cudnn_attention, "_WORKSPACE", 2**40 if turns == 1 else 1)
+
+    def out_and_gradients(attend):
+        given = [one.clone().requires_grad_() for one in drawn]
+        out = attend(*given)
+        out.backward(torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out).to(dtype))
+        return [out.detach(), *(one.grad for one in given)]
+
+    ours = out_and_gradients(lambda *rows: cudnn_attention.attend(*rows, boundaries, max(lengths), 0.09))
+    flash = out_and_gradients(
+        lambda *rows: intern.kernels.isolated_attention._flash(list(rows), boundaries, max(lengths), 0.09, 4)
+    )
+    for mine, other in zip(ours, flash, strict=True):
+        assert torch.linalg.norm((mine - other).float()) < 0.01 * torch.linalg.norm(other.float())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: CPUs have no such kernel")
+def test_the_kernel_of_older_cards_gives_the_same(device, monkeypatch):
+    base = Base(OmegaConf.create({"pretrained_model_name_or_path": "data/tiny_llama3"}))
+    half = AutoModelForCausalLM.from_pretrained(base.name, attn_implementation=register(), dtype=torch.float16).to(
+        device
+    )
+    newer = logits(half, packed(rows(), device))
+    monkeypatch.setattr(intern.kernels.isolated_attention, "has_flash_attention", lambda query: False)
+    older = logits(half, packed(rows(), device))
+    torch.testing.assert_close(newer, older, atol=0.05, rtol=0.05)

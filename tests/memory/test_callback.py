@@ -1,0 +1,221 @@
+"""The plan is measured and put into effect: on a GPU that behaves as told, and on a real one."""
+
+import types
+
+import pytest
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from datasets import Dataset
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import LlamaConfig, LlamaModel, TrainerState
+
+import intern.memory.callback
+from intern.errors import RunError
+from intern.kernels import cudnn_attention, isolated_attention
+from intern.memory.callback import FitMemory
+from intern.memory.plan import MemoryPlan
+from intern.memory.probe import largest
+from intern.runs.directory import Run
+from intern.units import GIB
+
+
+def arguments(form=None, **given):
+    usual = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    return types.SimpleNamespace(activation_checkpointing_kwargs=form, **usual | given)
+
+
+def trainer(model, args, rows=None, **given):
+    accelerator = types.SimpleNamespace(num_processes=1)
+    kept = {"model": model, "args": args, "train_dataset": rows, "accelerator": accelerator, "padding_free": True}
+    kept["data_collator"] = lambda batch: {"input_ids": torch.ones(1, sum(len(row["input_ids"]) for row in batch))}
+    return types.SimpleNamespace(**kept | given)
+
+
+def begin(fit, loader=None, **state):
+    """Training begins; without a loader with batches whose order nobody knows yet."""
+    trainer = fit.trainer
+    loader = loader or DataLoader(trainer.train_dataset or range(3), batch_size=1, shuffle=True)
+    fit.on_train_begin(trainer.args, TrainerState(stateful_callbacks=[], **state), None, train_dataloader=loader)
+
+
+class Told:
+    """A probe of a GPU that behaves as told: a batch takes `alone` seconds without CUDA graphs, `replayed` with them."""
+
+    budget = 14 * GIB
+    is_recorded = False
+
+    def __init__(self, fit, alone=0.09, replayed=0.03, loss=2.0, peak=12 * GIB, held=13 * GIB, error=None):
+        self.fit, self.seconds, self.loss, self.error = fit, {False: alone, True: replayed}, loss, error
+        self.peak, self.held = (lambda batch: peak), (lambda batch: held)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *failure):
+        pass
+
+    def timed(self, rows):
+        replayed = self.fit.plan.replayed
+        if replayed and self.error is not None:
+            raise self.error
+        if replayed and not self.is_recorded:
+            self.is_recorded = True
+            return 0.2, self.loss
+        return self.seconds[replayed], self.loss if replayed else 2.0
+
+
+@pytest.mark.parametrize(
+    ("told", "steps", "replayed"),
+    [
+        ({}, 100, True),
+        ({}, 8, None),  # over before the recording could have paid
+        ({"alone": 0.11}, 100, None),  # so long for four layers that the GPU is what is waited for
+        ({}, 9, False),  # over before the recording has paid
+        ({"replayed": 0.091}, 100, False),  # no faster
+        ({"loss": 2.1}, 100, False),  # not what the layers alone compute
+        ({"held": int(13.9 * GIB)}, 100, False),  # no room
+        ({"error": torch.OutOfMemoryError("full")}, 100, False),
+        ({"error": RuntimeError("operation not permitted when stream is capturing")}, 100, False),
+        ({"peak": 11 * GIB}, 100, True),  # with weights unpacked into what is left
+        ({"dropout": 0.1}, 100, None),  # a recorded draw would be repeated
+    ],
+)
+def test_cuda_graphs_are_taken_where_they_pay_fit_and_agree(told, steps, replayed, tmp_path, monkeypatch):
+    told = {"dropout": 0.0} | told
+    config = LlamaConfig(
+        num_hidden_layers=4, hidden_size=8, num_attention_heads=2, vocab_size=10, attention_dropout=told.pop("dropout")
+    )
+    model = LlamaModel(config)
+    fit = FitMemory(Run(tmp_path))
+    rows = Dataset.from_dict({"input_ids": [[1] * length for length in (5, 9, 7)]})
+    fit.trainer = trainer(model, arguments(gradient_accumulation_steps=2), rows)
+    made = []
+
+    class Graphs:
+        def __init__(self, layers, most_tokens, longest_row):
+            made.append((len(layers), most_tokens, longest_row))
+
+        def remove(self):
+            made.append("removed")
+
+    monkeypatch.setattr(intern.memory.callback, "Probe", lambda trainer: Told(fit, **told))
+    monkeypatch.setattr(intern.memory.callback, "LayerGraphs", Graphs)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    begin(fit, max_steps=steps)
+    assert fit.plan.replayed == bool(replayed) and fit.plan.tokens == 9
+    assert made == {True: [(4, 9, 9)], False: [(4, 9, 9), "removed"], None: []}[replayed]  # None: not even tried
+    assert MemoryPlan(**fit.run.read_json(fit.run.memory)) == fit.plan
+    assert ("CUDA graphs" in str(fit.plan)) == bool(replayed)
+    if replayed:
+        fit.trainer.step_back()  # memory runs out in spite of it: the graphs are what goes first
+        assert not fit.plan.replayed and made[-1] == "removed"
+
+
+@pytest.mark.parametrize("case", ["frozen", "trained", "reentrant"])
+def test_layers_run_again_in_our_own_form_and_frozen_embeddings_are_asked_for_no_gradient(case, tmp_path, monkeypatch):
+    model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10)).train()
+    model.gradient_checkpointing_enable()
+    theirs = model.layers[0]._gradient_checkpointing_func
+    model.embed_tokens.requires_grad_(case == "trained")
+    if case != "trained":
+        model.enable_input_require_grads()  # as TRL does, and the trainer once more
+        model.enable_input_require_grads()
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda layer, given: seen.append(given[0].requires_grad))
+    fit = FitMemory(Run(tmp_path))
+    fit.run.write_json(fit.run.memory, {"layers": 2, "checkpointed": 1, "peak": 5, "budget": 6})
+    fit.trainer = trainer(model, arguments({"use_reentrant": True} if case == "reentrant" else {}))
+    ids = torch.arange(6)[None]
+    model(input_ids=ids)
+    begin(fit, global_step=5)
+    assert (model.layers[0]._gradient_checkpointing_func is theirs) == (case == "reentrant")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for layer in model.layers:
+        layer.gradient_checkpointing = False
+    model(input_ids=ids)
+    fit.on_train_end(None, None, None)
+    model(input_ids=ids)
+    assert seen == [True, case != "frozen", True]
+
+
+def test_layers_with_a_loss_of_their_routers_keep_the_librarys_form(tmp_path):
+    model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10))
+    model.gradient_checkpointing_enable()
+    theirs = model.layers[0]._gradient_checkpointing_func
+    fit = FitMemory(Run(tmp_path), every_layer=True)
+    fit.trainer = trainer(model, arguments(), Dataset.from_dict({"input_ids": [[1] * 5]}), aux_loss_enabled=True)
+    begin(fit)
+    assert not fit.plan.offloaded and fit.plan.checkpointed == 2
+    assert model.layers[0]._gradient_checkpointing_func is theirs
+    with pytest.raises(RunError):
+        fit.trainer.step_back()
+
+
+@pytest.mark.parametrize(
+    ("free", "is_long", "has_kernels", "once"),
+    [
+        (2 * 2 * 4 * 2**20, True, True, True),  # twice two tensors for four layers, 700,000 bytes in 2**20 each
+        (2 * 2 * 4 * 2**20 - 1, True, True, False),
+        (GIB, False, True, False),  # short rows are soon attended again
+        (GIB, True, False, False),  # another kernel's results are not kept
+    ],
+)
+def test_results_of_attention_are_kept_where_the_host_has_room(free, is_long, has_kernels, once, tmp_path, monkeypatch):
+    model = LlamaModel(LlamaConfig(num_hidden_layers=4, hidden_size=100, num_attention_heads=2, vocab_size=10))
+    rows = Dataset.from_dict(
+        {"input_ids": [[1] * 5, [1] * 3500], "seq_lengths": [[5], [3500] if is_long else [1000, 2500]]}
+    )
+    fit = FitMemory(Run(tmp_path), every_layer=True)
+    fit.trainer = trainer(model, arguments(), rows)
+    monkeypatch.setattr(intern.memory.callback, "available_memory", lambda: free)
+    monkeypatch.setattr(cudnn_attention, "has_kernels", lambda: has_kernels)
+    monkeypatch.setattr(isolated_attention, "_takes_cudnn", False)  # put back afterwards
+    begin(fit, max_steps=10**10)
+    assert fit.plan == MemoryPlan(4, 4, 0, 0, offloaded=True, attends_once=once, cudnn=has_kernels)
+    assert isolated_attention._takes_cudnn == has_kernels
+    told = "their inputs and attention in host memory" if once else "their inputs in host memory"
+    assert told in str(fit.plan)
+    form = model.layers[0]._gradient_checkpointing_func
+    assert form.args[1] == once
+
+
+def test_the_largest_batch_is_the_one_that_comes_and_not_the_longest_rows_together():
+    rows = Dataset.from_dict({"input_ids": [[1] * length for length in (2, 9, 3, 8, 5)]})
+
+    def lengths(*given):
+        return [len(row["input_ids"]) for row in largest(rows, 2, *given)]
+
+    assert lengths() == [9, 8]
+    coming = [[0, 1], [2, 3], [4, 3]]
+    assert lengths(iter(coming)) == [8, 5]
+    assert lengths(coming, True) == [9, 2]  # 2 x 9 tokens with padding
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_the_plan_is_for_the_largest_batch_that_comes(padding_free, tmp_path):
+    lengths = [2, 9, 3, 8, 5, 6, 7, 4]
+    rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
+    model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10))
+    fit = FitMemory(Run(tmp_path), every_layer=True)
+    args = arguments(per_device_train_batch_size=2)
+    fit.trainer = trainer(model, args, rows, padding_free=padding_free)
+    loader = DataLoader(rows, batch_sampler=BatchSampler(SeedableRandomSampler(rows, data_seed=3), 2, False))
+    begin(fit, loader, max_steps=1)
+    sizes = [[lengths[index] for index in batch] for batch in loader.batch_sampler]
+    largest = max(sizes, key=sum if padding_free else max)
+    assert [len(row["input_ids"]) for row in fit._largest] == sorted(largest, reverse=True) != [9, 8]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: a CPU's memory has no such limit")
+def test_the_plan_is_measured_and_kept(tmp_path):
+    from helpers import train
+
+    run = train(
+        tmp_path / "run",
+        "trainer.use_cpu=false",
+        "trainer.fp16=true",
+        "trainer.activation_checkpointing=auto",
+        "quant.bnb_4bit_compute_dtype=float16",
+    )
+    assert run.read_json(run.metrics)["checkpointed_layers"] == 0

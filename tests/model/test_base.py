@@ -1,0 +1,105 @@
+"""The base model as it is loaded: quantized, in the computing dtype, and with right gradients after an evaluation."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from intern.errors import UserError
+from intern.model.base import Base
+from intern.model.precision import Precision
+from intern.model.quant import build_quant
+
+TINY = {"pretrained_model_name_or_path": "data/tiny_llama3", "attn_implementation": "isolated"}
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "float32",
+}
+
+
+def load(dtype=torch.float32):
+    return Base(OmegaConf.create(TINY)).load(build_quant(OmegaConf.create(NF4)), Precision("cpu", dtype, False, False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_linear_layer_is_nf4_and_computes_in_the_planned_dtype(dtype):
+    model = load(dtype)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    quantized = {name: module for name, module in linear.items() if isinstance(module, bnb.nn.Linear4bit)}
+    assert set(linear) - set(quantized) == {"lm_head"}
+    assert len(quantized) == 7 * model.config.num_hidden_layers
+    for module in quantized.values():
+        assert (module.weight.quant_type, module.weight.quant_state.nested) == ("nf4", True)
+        assert (module.compute_dtype, module.weight.quant_state.dtype) == (dtype, dtype)
+    assert model.get_input_embeddings().weight.dtype == dtype
+
+
+def test_an_evaluation_does_not_change_the_gradients_after_it():
+    """CPUs with AVX512-BF16: bitsandbytes would repack the weights in place at the first evaluation."""
+    model = load()
+    embeddings = model.get_input_embeddings().weight.requires_grad_()
+    ids = torch.arange(10, 60).view(1, -1)
+
+    def gradient():
+        embeddings.grad = None
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return embeddings.grad.clone()
+
+    before = gradient()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    assert torch.equal(gradient(), before)
+
+
+def test_weights_are_counted_without_loading_them():
+    base = Base(OmegaConf.create(TINY))
+    assert base.parameters() == sum(
+        parameter.numel() for parameter in base.load(None, Precision("cpu", torch.float32, False, False)).parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    ("free", "message"),
+    [(4, "needs 5.[0-9] GiB for its weights, 4.0 GiB of GPU memory are free: take a smaller"), (16, None)],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path, monkeypatch, free, message):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}'
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setattr("intern.model.base._process_cap", lambda: 80 * 2**30)
+    base = Base(OmegaConf.create(TINY | {"pretrained_model_name_or_path": str(tmp_path)}))
+    check = lambda: base.check_fit(build_quant(OmegaConf.create(NF4)), Precision("cuda", torch.float16, True, False))  # noqa: E731
+    if message is None:
+        check()
+    else:
+        with pytest.raises(UserError, match=message):
+            check()
+
+
+def test_a_padding_token_is_never_the_end_of_a_turn():
+    tokenizer = Base(OmegaConf.create(TINY)).tokenizer()
+    assert tokenizer.pad_token not in (tokenizer.eos_token, "<|eot_id|>", tokenizer.bos_token)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "nowhere", "a/b/c"])
+def test_a_folder_that_is_not_there_is_named(name):
+    with pytest.raises(UserError, match="no such folder"):
+        Base(OmegaConf.create(TINY | {"pretrained_model_name_or_path": name}))
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path)):
+        Base(OmegaConf.create(TINY | {"pretrained_model_name_or_path": str(tmp_path)}))
+
+
+def test_an_unknown_key_is_named():
+    with pytest.raises(
+        UserError, match=r"model.attn_implementatio: unknown key; did you mean model.attn_implementation\?"
+    ):
+        Base(OmegaConf.create(TINY | {"attn_implementatio": "sdpa"}))

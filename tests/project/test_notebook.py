@@ -1,0 +1,26 @@
+"""scripts/colab_t4.ipynb, executed with the tiny base in place of the 8B model."""
+
+import json
+
+import nbformat
+from helpers import ROOT, SHORT
+from nbclient import NotebookClient
+
+
+def test_the_notebook_trains_asks_and_keeps_the_adapter(tmp_path):
+    notebook = nbformat.read(ROOT / "scripts" / "colab_t4.ipynb", as_version=4)
+    cells = {cell.metadata.tags[0]: cell for cell in notebook.cells if cell.cell_type == "code"}
+    assert list(cells) == ["install", "parameters", "train", "loss", "ask", "keep"]
+    cells["install"].source = ""  # the package is installed where tests run
+    cells["parameters"].source = f"OVERRIDES = {[*SHORT, 'logger=none']!r}"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+    def text(tag):
+        return "".join(output.get("text", "") for output in cells[tag].outputs)
+
+    assert "saved" in text("train")
+    [metrics] = tmp_path.glob("outputs/*/*/metrics.json")
+    assert json.loads(metrics.read_text())["optimizer_steps"] == 12
+    assert "image/png" in cells["loss"].outputs[0].data
+    assert text("ask").strip()
+    assert (tmp_path / "intern_run.zip").stat().st_size > 100_000

@@ -1,0 +1,187 @@
+"""A run that stops and goes on ends bit for bit like one that never stopped."""
+
+import shutil
+import types
+
+import pytest
+from helpers import ROOT, SHORT, command
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from intern.errors import UserError
+from intern.paths import CONF_DIR
+from intern.runs.directory import Run, stopped
+from intern.training.finetune import finetune
+from intern.training.resume import MAY_CHANGE, own_config
+from intern.verify import compare, stop_after
+
+# A checkpoint after 5 steps, a log line every 2: the stop falls between two lines. Gradients are summed over 2 batches.
+STEPS, HALF = 9, 5
+BRIEF = (
+    *SHORT,
+    "logger=none",
+    "data.eval_file=null",
+    f"trainer.max_steps={STEPS}",
+    "trainer.min_steps=0",
+    f"trainer.save_steps={HALF}",
+    "trainer.save_total_limit=null",
+    "trainer.gradient_accumulation_steps=2",
+)
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def train(path, *overrides):
+    path.mkdir(parents=True, exist_ok=True)
+    finetune(composed(*BRIEF, *overrides), Run(path))
+    return Run(path)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("trainer.packing=false", "lora.lora_dropout=0.1"),
+        (),
+        ("data.context=mixed", "lora.lora_dropout=0.1", "trainer.max_length=512"),
+    ],
+    ids=["unpacked", "packed", "mixed"],
+)
+def test_a_stop_changes_nothing(tmp_path, overrides):
+    straight = train(tmp_path / "straight", *overrides)
+    stop_after(straight, HALF, Run(tmp_path / "resumed"))
+    resumed = train(tmp_path / "resumed", *overrides)
+    parts = {part.name: part for part in compare(straight, resumed, STEPS)}
+    assert {name: part.differ for name, part in parts.items()} == dict.fromkeys(parts, 0)
+    assert parts["adapter"].values > 50_000 and parts["optimizer"].values > 100_000
+    assert parts["history"].values > 20 and "random states" in parts
+    assert (straight.read_json(straight.environment)["run_id"]) == resumed.read_json(resumed.environment)["run_id"]
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A run that was killed right after its checkpoint of step 5 (of 9)."""
+    folder = tmp_path_factory.mktemp("resume")
+    straight = train(folder / "straight")
+    stop_after(straight, HALF, Run(folder / "half"))
+    return Run(folder / "half"), straight
+
+
+def copied(run, path):
+    shutil.copytree(run.path, path)
+    return Run(path)
+
+
+def test_the_command_goes_on_with_the_runs_own_configuration_from_anywhere(half, tmp_path):
+    run, straight = copied(half[0], tmp_path / "a run's own [folder]"), half[1]
+    done = command("intern.train", f"resume={run.path}", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert f"going on from {run.checkpoints}/checkpoint-{HALF}" in done.stderr
+    assert not any(part.differ for part in compare(straight, run, STEPS))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [run.path.name]  # no other output folder
+    assert "saved" in (run.path / "train.log").read_text()
+
+
+def test_a_finished_run_goes_on_longer_and_keeps_its_history(half, tmp_path):
+    run = copied(half[1], tmp_path / "run")
+    before = run.read_history()
+    with pytest.raises(UserError, match="holds a finished run: .*a higher trainer.max_steps to go on"):
+        finetune(own_config(run, composed(), []), run)
+    longer = composed("trainer.max_steps=11", "resume=x")
+    finetune(own_config(run, longer, ["resume=x", "trainer.max_steps=11"]), run)
+    assert run.read_json(run.metrics)["optimizer_steps"] == 11
+    assert run.read_history()[: len(before)] == before and len(run.read_history()) > len(before)
+
+
+def test_what_was_trained_can_be_asked_for_again_but_not_changed(half, tmp_path):
+    run = half[0]
+    cfg = composed("lora.r=4", "+trainer.neftune_noise_alpha=5", "trainer.save_steps=3", "trainer.max_steps=9")
+    assert own_config(run, cfg, ["trainer.save_steps=3", "trainer.max_steps=9"]).trainer.save_steps == 3
+    for override in ("lora.r=4", "lora=qkvo", "experiment=tiny_cpu", "+trainer.neftune_noise_alpha=5"):
+        with pytest.raises(UserError, match=rf"{override.partition('=')[0].lstrip('+')} is not what .* was begun with"):
+            own_config(run, cfg, [override])
+    for most in (4, -1):
+        cfg = own_config(run, composed(f"trainer.max_steps={most}"), [f"trainer.max_steps={most}"])
+        with pytest.raises(UserError, match="was begun with 9, and can only go on longer"):
+            finetune(cfg, run)
+    assert not run.finished and set(MAY_CHANGE) > {"trainer.max_steps"}
+
+
+def test_latest_is_the_newest_run_that_is_unfinished(half, tmp_path):
+    import os
+
+    with pytest.raises(UserError, match="resume=latest: no unfinished run"):
+        stopped("latest", tmp_path)
+    for age, name in enumerate(("outputs/day/new", "multirun/day/old")):
+        run = copied(half[0], tmp_path / name)
+        (run.path / ".hydra").mkdir()
+        shutil.copy(run.config, run.path / ".hydra")
+        for file in (run.config, run.history):
+            os.utime(file, (1e9 - age, 1e9 - age))
+    copied(half[1], tmp_path / "outputs/day/finished")
+    assert stopped("latest", tmp_path).path == tmp_path / "outputs/day/new"
+    assert stopped("multirun/day/old", tmp_path).path == tmp_path / "multirun/day/old"
+    with pytest.raises(UserError, match="resume=nowhere: no run there"):
+        stopped("nowhere", tmp_path)
+
+
+def test_a_run_whose_checkpoint_a_full_disk_cut_short_takes_the_one_before(half, tmp_path):
+    run = copied(half[1], tmp_path / "run")
+    last = run.checkpoints / f"checkpoint-{STEPS}"
+    for name in ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth"):
+        whole = (last / name).read_bytes()
+        (last / name).write_bytes(whole[: len(whole) // 2])
+        assert run.last_checkpoint() == run.checkpoints / f"checkpoint-{HALF}", name
+        (last / name).write_bytes(whole)
+    assert run.last_checkpoint() == last
+
+
+def test_the_memory_plan_of_a_run_is_repeated_and_not_measured_again(tmp_path):
+    from transformers import LlamaConfig, LlamaModel, TrainerState
+
+    from intern.kernels.decoder_layers import decoder_layers
+    from intern.memory.callback import FitMemory
+
+    model = LlamaModel(LlamaConfig(num_hidden_layers=4, hidden_size=8, num_attention_heads=2, vocab_size=10))
+    run = Run(tmp_path)
+    run.write_json(run.memory, {"layers": 4, "checkpointed": 3, "peak": 5, "budget": 6})
+    fit = FitMemory(run)
+    fit.trainer = type("Trainer", (), {"model": model})()  # the one thing of a trainer that a stored plan needs
+    args = types.SimpleNamespace(activation_checkpointing_kwargs=None)
+    fit.on_train_begin(args, TrainerState(global_step=5, stateful_callbacks=[]), None, train_dataloader=None)
+    assert [layer.gradient_checkpointing for layer in decoder_layers(model)] == [True, True, True, False]
+    assert (fit.plan.checkpointed, fit.plan.peak) == (3, 5)
+
+
+def test_verify_proves_it_on_this_machine_and_finds_what_is_lost(tmp_path):
+    overrides = ("experiment=tiny_cpu", "steps=6")
+    done = command("intern.verify", *overrides, f"hydra.run.dir={tmp_path}/good")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "| after the last step | values | that differ | by at most |"
+    assert [line.split("|")[1].strip() for line in lines[2:-1]] == [
+        "adapter", "optimizer", "learning rate schedule", "random states", "position in the data, counts", "history",
+    ]  # fmt: skip
+    assert all(line.split("|")[3].strip() == "0" for line in lines[2:-1])
+    assert lines[-1] == "A run that stops after step 3 and goes on ends bit for bit like one that never stopped."
+    straight, resumed = Run(tmp_path / "good/straight"), Run(tmp_path / "good/resumed")
+    state = resumed.checkpoints / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"taken": 6', '"taken": 5'))
+    resumed.drop_history_after(3)
+    weights = resumed.adapter / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    differ = {part.name: part.differ for part in compare(straight, resumed, 6) if part.differ}
+    assert differ["adapter"] == 1 and differ["position in the data, counts"] == 1 and differ["history"] > 3
+
+
+@pytest.mark.parametrize("override", ["check=everything", "steps=5", "steps=many"])
+def test_what_verify_cannot_do_is_said(override, tmp_path):
+    done = command("intern.verify", "experiment=tiny_cpu", override, f"hydra.run.dir={tmp_path}/run", check=False)
+    assert done.returncode == 2 and override in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_configuration_that_is_kept_is_the_one_that_ran(half):
+    cfg = half[1].read_config()
+    assert "resume" not in cfg and OmegaConf.to_container(cfg) == OmegaConf.to_container(half[0].read_config())

@@ -1,0 +1,345 @@
+"""The trainer: steps that really happened, float32 adapters, interruption."""
+
+import contextlib
+import gc
+import os
+import signal
+import types
+import weakref
+
+import bitsandbytes as bnb
+import pytest
+import torch
+import trl.trainer.utils
+from datasets import Dataset
+from omegaconf import OmegaConf
+from peft import LoraConfig
+from torch.utils.data import DataLoader
+from transformers import BitsAndBytesConfig, TrainerCallback, TrainerControl, TrainerState, masking_utils
+from trl import SFTConfig, SFTTrainer
+
+import intern.memory.callback
+from intern.errors import RunError
+from intern.kernels.rms_norm import gradient
+from intern.memory.callback import FitMemory
+from intern.memory.plan import MemoryPlan
+from intern.memory.probe import Probe, coming_batches
+from intern.model.base import Base
+from intern.model.precision import Precision
+from intern.runs.directory import Run
+from intern.training.trainer import InternTrainer, Interruption, OptimizerSteps, StepRules
+
+
+class Loop:
+    """The library's loop as far as callbacks see it: fp16 skips the steps of which `skips` says so."""
+
+    def __init__(self, steps: OptimizerSteps, max_steps: int, skips) -> None:
+        self.steps, self.skips = steps, skips
+        self.state = TrainerState(max_steps=max_steps, stateful_callbacks=[])
+        self.control = TrainerControl()
+
+    def run(self) -> None:
+        self.steps.on_train_begin(None, self.state, self.control)
+        while not self.control.should_training_stop:
+            self.state.global_step += 1
+            self.control.should_training_stop = self.state.global_step >= self.state.max_steps  # DefaultFlowCallback
+            optimizer = types.SimpleNamespace(step_was_skipped=self.skips(self.state.global_step))
+            self.steps.on_step_end(None, self.state, self.control, optimizer=optimizer)
+
+
+def test_skipped_steps_do_not_count_and_are_made_up_for():
+    steps = OptimizerSteps(min_steps=10, max_skipped_steps=5)
+    loop = Loop(steps, 10, skips=lambda step: step in (1, 2, 10, 12))
+    loop.run()
+    assert (steps.taken, steps.skipped, loop.state.global_step) == (10, 4, 14)
+
+
+def test_skipped_steps_in_a_row_end_the_run_with_advice():
+    steps = OptimizerSteps(min_steps=10, max_skipped_steps=4)
+    with pytest.raises(RunError, match=r"skipped 5 optimizer steps in a row \(step 8\).*trainer=ampere"):
+        Loop(steps, 10, skips=lambda step: step > 3).run()
+    assert steps.taken == 3
+
+
+def test_counts_go_on_after_a_resume():
+    first = OptimizerSteps(min_steps=10, max_skipped_steps=5)
+    Loop(first, 6, skips=lambda step: step in (1, 2)).run()
+    second = OptimizerSteps(min_steps=10, max_skipped_steps=5)
+    loop = Loop(second, 10, skips=lambda step: False)
+    loop.state.stateful_callbacks = {"OptimizerSteps": first.state()}
+    loop.state.global_step = 8
+    loop.run()
+    assert (second.taken, second.skipped, loop.state.global_step) == (10, 2, 12)
+
+
+def test_early_stopping_waits_for_the_least_number_of_steps():
+    steps = OptimizerSteps(min_steps=10, max_skipped_steps=5)
+    for taken, stops in ((9, False), (10, True)):
+        steps.taken = taken
+        control = TrainerControl(should_training_stop=True)
+        steps.on_evaluate(None, TrainerState(), control)
+        assert control.should_training_stop is stops
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_after_the_step_and_a_second_one_stops_at_once(number):
+    interruption, control = Interruption(), TrainerControl()
+    before = signal.getsignal(number)
+    interruption.on_train_begin(None, TrainerState(), control)
+    interruption.on_step_end(None, TrainerState(), control)
+    assert not control.should_training_stop
+    os.kill(os.getpid(), number)
+    interruption.on_step_end(None, TrainerState(), control)
+    assert (control.should_save, control.should_training_stop, interruption.signal) == (True, True, number)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_is_not_outwaited_by_the_least_number_of_steps():
+    steps, interruption = OptimizerSteps(min_steps=10, max_skipped_steps=5), Interruption()
+    control = TrainerControl(should_training_stop=True)
+    interruption.signal = signal.SIGTERM
+    for callback in (steps, interruption):  # the order in which the trainer has them
+        callback.on_evaluate(None, TrainerState(), control)
+    assert control.should_training_stop
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: fp16 loss scaling runs nowhere else")
+def test_fp16_training_keeps_its_adapters_in_float32_and_counts_its_steps(tmp_path):
+    from helpers import train
+
+    run = train(tmp_path / "run", "trainer.use_cpu=false", "trainer.fp16=true", "quant.bnb_4bit_compute_dtype=float16")
+    assert run.read_json(run.metrics)["optimizer_steps"] == 12
+    assert run.read_history()[-1]["loss_scale"] > 1
+
+
+def test_packed_rows_train_without_a_look_for_a_mask_or_for_what_is_scored(tmp_path, monkeypatch):
+    """Which would wait for the GPU in every step."""
+    from helpers import train
+
+    def look(position_ids):
+        raise AssertionError("a look at the position of every token")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", look)
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", None)  # TRL's head, which looks for labels
+    run = train(tmp_path / "run", "trainer.packing=true", "trainer.eval_strategy=steps", "trainer.eval_steps=4")
+    assert run.read_json(run.metrics)["optimizer_steps"] == 12
+
+
+def trained_adapters(tmp_path, faults, callback=None, at="mlp", rows_of_batch=1, **more):
+    """The adapters after three steps of two batches; `faults` are the passes at which memory runs out. And how often it was made room."""
+    base = Base(
+        OmegaConf.create({"pretrained_model_name_or_path": "data/tiny_llama3", "attn_implementation": "isolated"})
+    )
+    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = base.load(quant, Precision("cpu", torch.float32, False, False))
+    ids = [list(range(100 + row, 130 + row)) for row in range(6)]
+    args = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=rows_of_batch,
+        gradient_accumulation_steps=2,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        seed=1,
+        include_num_input_tokens_seen="non_padding",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **more,
+    )
+    trainer = InternTrainer(
+        StepRules(3, 5),
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        processing_class=base.tokenizer(),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]),
+    )
+    passes, room = [], []
+
+    def full(*_):
+        passes.append(1)
+        if len(passes) in faults:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if callback is not None:
+        callback.trainer = trainer
+        trainer.add_callback(callback)
+    layer = trainer.model.get_base_model().model.layers[3]
+    layer.get_submodule(at).register_forward_pre_hook(full)
+    siblings = layer.self_attn.k_proj.siblings
+
+    def make_room():
+        assert not siblings._waiting  # nothing of the pass that failed is held
+        room.append(len(passes))
+
+    trainer.step_back = make_room
+    trainer.train()
+    rows_of_step = min(2 * rows_of_batch, len(ids))
+    # Read at the end alone: no log entry comes before.
+    assert trainer.state.num_input_tokens_seen == 3 * rows_of_step * 30
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, room
+
+
+def test_norms_keep_their_form_where_liger_puts_its_own_at_the_beginning_of_training(tmp_path, monkeypatch):
+    def put(model, config):
+        for layer in model.base_model.model.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.forward = types.MethodType(type(norm).forward, norm)
+
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", put)
+    seen = []
+    monkeypatch.setattr(
+        "intern.kernels.rms_norm.gradient", lambda *given: seen.append(given[1] is not None) or gradient(*given)
+    )
+    trained_adapters(tmp_path, faults=[], use_liger_kernel=True)
+    assert any(seen)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_optimizer_keeps_no_embeddings_and_no_paged_state_after_training(tmp_path, monkeypatch, fails):
+    """The libraries note them in lists of the whole process: a sweep would hold those of every job."""
+    noted, register = [], bnb.optim.GlobalOptimManager.register_module_override
+
+    def note(manager, module, *more):
+        noted.append(weakref.ref(module))
+        register(manager, module, *more)
+
+    def step(optimizer, closure=None):
+        state = torch.zeros(3)
+        optimizer.page_mng.paged_tensors.append(state)
+        noted.append(weakref.ref(state))
+        if fails:
+            raise RunError("no step")
+
+    monkeypatch.setattr(bnb.optim.GlobalOptimManager, "register_module_override", note)
+    monkeypatch.setattr(bnb.optim.AdamW, "step", step)  # its kernels need a GPU
+    with contextlib.suppress(RunError):
+        trained_adapters(tmp_path, faults=[], optim="adamw_bnb_8bit")
+    gc.collect()
+    assert len(noted) == (2 if fails else 4)  # the embeddings, and a state for each step
+    assert not any(one() is not None for one in noted)
+
+
+class Logs(TrainerCallback):
+    """What is logged, but for times."""
+
+    def __init__(self):
+        self.entries = []
+
+    def on_log(self, *_, logs, **given):
+        kept = ("loss", "entropy", "mean_token_accuracy", "grad_norm", "num_input_tokens_seen")
+        self.entries.append({name: logs[name] for name in kept if name in logs})
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_loss_and_figures_are_trls(steps, tmp_path, monkeypatch):
+    ours, theirs = Logs(), Logs()
+    found, _ = trained_adapters(tmp_path, (), ours, logging_steps=steps)
+    monkeypatch.setattr(InternTrainer, "_plain_loss", SFTTrainer.compute_loss)
+    expected, _ = trained_adapters(tmp_path, (), theirs, logging_steps=steps)
+    assert len(ours.entries) == 3 // steps + 1 and ours.entries[0].keys() >= {"loss", "entropy", "mean_token_accuracy"}
+    for mine, other in zip(ours.entries, theirs.entries, strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("at", ["mlp", "self_attn.k_proj"])  # the latter between layers that share a node
+def test_a_step_in_which_memory_runs_out_is_taken_again_and_leaves_no_trace(at, tmp_path):
+    expected, nothing = trained_adapters(tmp_path, (), at=at)
+    # The second batch of the second step, and the first of its repetition.
+    found, room = trained_adapters(tmp_path, (4, 5), at=at)
+    assert nothing == [] and room == [4, 5]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Foretelling(TrainerCallback):
+    """The rows of each batch, as they are known before training and as they come."""
+
+    def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
+        self.known = list(coming_batches(train_dataloader, 3 * 2))
+        self.came = []
+        collate = self.trainer.data_collator.collate
+        self.trainer.data_collator.collate = lambda rows: (
+            self.came.append([row["input_ids"][0] - 100 for row in rows]) or collate(rows)
+        )
+
+
+def test_batches_are_known_before_they_come(tmp_path):
+    expected, _ = trained_adapters(tmp_path, (), rows_of_batch=4)
+    foretelling = Foretelling()
+    found, _ = trained_adapters(tmp_path, (), foretelling, rows_of_batch=4)
+    assert foretelling.came == foretelling.known
+    assert len({tuple(batch) for batch in foretelling.known}) == 6  # three epochs, in an order of their own each
+    assert all(torch.equal(found[name], expected[name]) for name in expected)  # to look ahead changes nothing
+    assert list(coming_batches(DataLoader(range(4), batch_size=2, shuffle=True), 6)) == []  # drawn when asked for
+
+
+class Probing(TrainerCallback):
+    """Steps for the memory plan, before training and once more when the optimizer has states."""
+
+    def __init__(self):
+        self.moved = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        probe = Probe(self.trainer)
+        with probe:
+            probe._step(list(self.trainer.train_dataset.select([5])))
+            pairs = zip(probe.trained, probe._weights, strict=True)
+            self.moved.append(any(not torch.equal(trained.data, before) for trained, before in pairs))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.on_train_begin(args, state, control)
+
+
+def test_a_step_that_was_only_tried_leaves_no_trace(tmp_path, monkeypatch):
+    expected, _ = trained_adapters(tmp_path, ())
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    probing = Probing()
+    found, _ = trained_adapters(tmp_path, (), probing)
+    assert probing.moved == [True, True]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "form", [{"checkpointed": 2}, {}, {"offloaded": True}, {"offloaded": True, "attends_once": True, "tiled": True}]
+)
+def test_every_form_of_the_memory_plan_trains_the_same_adapters(form, tmp_path, monkeypatch):
+    plan = MemoryPlan(**{"layers": 4, "checkpointed": 4, "peak": 0, "budget": 0} | form)
+    fit = FitMemory(Run(tmp_path))
+    monkeypatch.setattr(fit, "_measure", lambda args, state: fit._take(plan))
+    monkeypatch.setattr(intern.memory.callback, "_PIECE", 8)  # tokens: rows of 30 go in four pieces
+    expected, _ = trained_adapters(tmp_path, ())
+    found, _ = trained_adapters(tmp_path, (), fit)
+    assert fit.plan == plan
+    for name, adapter in expected.items():
+        torch.testing.assert_close(found[name], adapter, atol=1e-6, rtol=1e-4)
+
+
+def test_as_many_layers_recompute_as_a_batch_demands(tmp_path, monkeypatch):
+    fit = FitMemory(Run(tmp_path))
+    monkeypatch.setattr(fit, "_measure", lambda args, state: fit._take(MemoryPlan(4, 3, 0, 0, tokens=120)))
+    seen, prepare = [], fit.fit
+
+    def prepared(tokens):
+        prepare(tokens)
+        seen.append((tokens, sum(layer.gradient_checkpointing for layer in fit._layers)))
+
+    monkeypatch.setattr(fit, "fit", prepared)
+    expected, _ = trained_adapters(tmp_path, (), rows_of_batch=4)
+    found, _ = trained_adapters(tmp_path, (), fit, rows_of_batch=4)
+    assert seen == [(120, 3)] + 3 * [(120, 3), (60, 2)]  # when the plan is taken, and each batch of three epochs
+    for name, adapter in expected.items():
+        torch.testing.assert_close(found[name], adapter, atol=1e-6, rtol=1e-4)
+
+
+def test_without_a_plan_memory_that_runs_out_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        InternTrainer, "step_back", property(lambda self: None, lambda self, value: None), raising=False
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        trained_adapters(tmp_path, (2,))
