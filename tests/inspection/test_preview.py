@@ -27,7 +27,7 @@ from intern.inspection.row_checks import NEAR, check_packing, check_tokens
 from intern.inspection.token_view import page, plain_rows, show_rows
 from intern.paths import CONF_DIR
 from intern.runs.directory import Run
-from intern.training.finetune import _plan
+from intern.training.plan import build_plan
 from intern.training.trainer import InternTrainer
 
 TINY = "experiment=tiny_cpu"
@@ -207,7 +207,7 @@ def test_what_is_shown_is_what_the_trainers_collator_gives(packing, tmp_path):
     ]
     material = prepare(composed(*overrides))
     cfg = composed(*overrides, name="train")
-    plan = _plan(cfg, Run(tmp_path))
+    plan = build_plan(cfg, Run(tmp_path))
     model = plan.base.load(plan.quant, plan.precision)
     trainer = InternTrainer(
         rules=plan.rules, model=model, args=plan.args, train_dataset=plan.train.rows, processing_class=plan.tokenizer, peft_config=plan.lora
