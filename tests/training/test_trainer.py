@@ -316,8 +316,11 @@ def test_every_form_of_the_memory_plan_trains_the_same_adapters(form, tmp_path, 
     expected, _ = trained_adapters(tmp_path, ())
     found, _ = trained_adapters(tmp_path, (), fit)
     assert fit.plan == plan
+    # AdamW divides each gradient by its own size, so for a gradient near zero the order of a sum shows in the adapter, more on
+    # some processors than on others (1.2e-6 measured). 2e-6 is a tenth of one step at this learning rate of 2e-5.
+    close = 2e-6 if plan.tiled else 1e-6
     for name, adapter in expected.items():
-        torch.testing.assert_close(found[name], adapter, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(found[name], adapter, atol=close, rtol=1e-4)
 
 
 def test_as_many_layers_recompute_as_a_batch_demands(tmp_path, monkeypatch):
