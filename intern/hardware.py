@@ -5,11 +5,15 @@ import re
 import subprocess
 from pathlib import Path
 
-_TIMEOUT = 10  # seconds that nvidia-smi may take
+_NVIDIA_SMI_TIMEOUT_S = 10
 
 
 def available_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of host memory that this process may still take: the system's, or a container's (its control group's) where that is less."""
+    """Return the bytes of host memory that this process may still use: the system's, or its container's if that is less.
+
+    Args:
+        groups: where control groups are mounted (version 1 or 2).
+    """
     import psutil
 
     free = [psutil.virtual_memory().available]
@@ -22,7 +26,14 @@ def available_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def runs_architectures(major: int, minor: int, built: list[str]) -> bool:
-    """Whether code for these architectures runs: binaries within a major version from their minor on, PTX from its version on."""
+    """Whether a GPU runs code that was built for some architectures.
+
+    Binaries run on GPUs of the same major version from their minor version on, PTX on all GPUs from its version on.
+
+    Args:
+        major, minor: the GPU's compute capability.
+        built: architectures, such as "sm_80" (a binary) or "compute_90" (PTX).
+    """
     for name in built:
         kind, _, digits = name.partition("_")
         number = int(re.sub(r"\D", "", digits))
@@ -35,15 +46,17 @@ def runs_architectures(major: int, minor: int, built: list[str]) -> bool:
 
 def is_hopper() -> bool:
     """Whether the GPU is of the generation of an H100."""
-    import torch  # not at the top: whoever needs none of it should not wait for it
+    import torch  # not at the top: callers that need none of it should not wait for it
 
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's version, None where there is none."""
+    """Return the version of the NVIDIA driver, or None if there is none."""
     line = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(line, capture_output=True, text=True, check=True, timeout=_TIMEOUT).stdout.split()[0]
+        return subprocess.run(
+            line, capture_output=True, text=True, check=True, timeout=_NVIDIA_SMI_TIMEOUT_S
+        ).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return None

@@ -75,10 +75,9 @@ def train(setting: str, args: argparse.Namespace, started: float) -> dict[str, A
     if args.t4:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
-        if system == "ours":  # flash attention of its own kernel too: the switches above do not reach it
-            import intern.kernels.isolated_attention
-
-            intern.kernels.isolated_attention.has_flash_attention = lambda query: False
+        os.environ["INTERN_DISABLE_FLASH_ATTENTION"] = (
+            "1"  # the switches above do not reach ours (isolated_attention.py)
+        )
 
     class Clock(TrainerCallback):
         """When the first step, the last warm one and the last one ended; in between nothing waits for the GPU on the clock's account."""

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from intern.errors import UserError
 from intern.inspection.installation import answers, is_installed, missing_weights
-from intern.memory.estimate import Shape, TrainingPeak, training_peak
+from intern.memory.estimate import ModelSizes, TrainingPeak, training_peak
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -199,7 +199,7 @@ class Facts:
         heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         inputs = sum(int(layer.in_features or 0) for layer in self.adapted.modules() if isinstance(layer, LoraLayer))
-        shape = Shape(
+        sizes = ModelSizes(
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             intermediate=text.intermediate_size,
@@ -210,4 +210,4 @@ class Facts:
         )
         tokens = int(self.args.max_length or 0) * self.args.per_device_train_batch_size
         fused = on_gpu and self.trainer.get("use_liger_kernel") is not False and is_installed("liger-kernel")
-        return training_peak(shape, tokens, 2 if on_gpu else dtype.itemsize, fused, self.state_bytes)
+        return training_peak(sizes, tokens, 2 if on_gpu else dtype.itemsize, fused, self.state_bytes)

@@ -1,21 +1,21 @@
-"""A model's decoder layers, and what is known of them."""
+"""A model's decoder layers, and what kernels need to know about them."""
 
 from typing import Any
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# The parts of a layer that adds what its MLP gives, as transformers names them (Llama, Qwen, Mistral, Granite, Phi-3 ...).
+# Parts of a layer that only adds its MLP's output, by transformers' names (Llama, Qwen, Mistral, Granite, Phi-3 ...).
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "resid_attn_dropout", "resid_mlp_dropout"}
 
 
 def decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
-    """In their order, whatever is wrapped around them; they are what transformers knows to recompute."""
+    """Return the decoder layers in their order, whatever wraps the model: the modules that transformers can checkpoint."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def draws_at_random(model: torch.nn.Module) -> bool:
-    """Whether training draws random numbers in it (dropout, a router's noise), as its modules or its configuration say."""
+    """Whether training draws random numbers in the model (dropout, a router's noise), by its modules and its configuration."""
     if any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules()):
         return True
     config: Any = model.config
@@ -24,7 +24,7 @@ def draws_at_random(model: torch.nn.Module) -> bool:
 
 
 def are_one_kind(model: torch.nn.Module, layers: list[GradientCheckpointingLayer]) -> bool:
-    """Whether what one layer is given (rotation, mask) is what every layer is given."""
+    """Whether every layer receives the same arguments (rotary embeddings, mask)."""
     config: Any = model.config
     types = getattr(config.get_text_config(), "layer_types", None) or [None]
     return (
@@ -33,10 +33,10 @@ def are_one_kind(model: torch.nn.Module, layers: list[GradientCheckpointingLayer
 
 
 def only_adds_its_mlp(layer: torch.nn.Module) -> bool:
-    """Whether nothing but an addition reads what the layer's MLP gives; False where the layer has parts that are not known."""
+    """Whether the output of the layer's MLP is only added; False if the layer has unknown parts."""
     return {name for name, _ in layer.named_children()} <= _PARTS
 
 
 def mlp_is_by_position(layer: torch.nn.Module) -> bool:
-    """Whether what follows the layer's MLP takes each position by itself, too: an addition or a norm."""
+    """Whether what follows the layer's MLP also treats each position separately: an addition or a norm."""
     return all(name in _PARTS or name.endswith("norm") for name, _ in layer.named_children())

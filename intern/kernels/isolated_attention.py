@@ -1,19 +1,23 @@
-"""Attention that keeps packed rows apart on every card, registered with transformers under the name "isolated".
+"""Attention that keeps packed rows apart on every GPU, registered with transformers under the name "isolated".
 
-A packed batch is one long row of several short ones. A mask over it costs length x length memory and time; the kernels here get the
-rows' boundaries instead (cu_seq_lens, made once a batch by TRL's collator) and compute only what lies inside a row:
+A packed batch is one long row made of several short ones. A mask over it costs tokens x tokens memory and time; the kernels here receive
+the rows' boundaries instead (cu_seq_lens, computed once per batch by TRL's collator) and compute only what is inside a row:
 
-- compute capability 8.0 and newer: torch's varlen_attn (flash attention), on Hopper cuDNN's kernel (intern/kernels/cudnn_attention.py) in runs long
-  enough to be worth its build;
-- older cards such as the T4 (7.5), where flash attention does not exist: the memory-efficient kernel's own form for packed rows;
-- CPU: one causal call for each row.
+- compute capability 8.0 and newer: torch's varlen_attn (flash attention); on Hopper, in runs long enough to be worth its build, cuDNN's
+  kernel (cudnn_attention.py);
+- older GPUs such as the T4 (7.5), which have no flash attention: the memory-efficient kernel's form for packed rows;
+- CPU: one causal call per row.
 
-Batches that are not packed (padded ones, generation) go through transformers' own SDPA attention with its masks.
+Batches that are not packed (padded ones, generation) use transformers' own SDPA attention with its masks.
+
+INTERN_DISABLE_FLASH_ATTENTION=1 in the environment makes a newer GPU use the kernels of older ones, to imitate a T4
+(scripts/imitate_t4/ and scripts/bench_train.py --t4).
 """
 
 import contextlib
 import functools
 import inspect
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,17 +29,24 @@ from transformers.masking_utils import sdpa_mask
 from intern.kernels import cudnn_attention
 
 NAME = "isolated"
-_UNMASKED = "isolated_unmasked"  # the same for batches that are known to need no mask
+_UNMASKED = "isolated_unmasked"  # the same, for batches that are known to need no mask
 KNOWN = (NAME, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+DISABLE_FLASH_ATTENTION = "INTERN_DISABLE_FLASH_ATTENTION"  # environment variable; read in `has_flash_attention` only
 _CAUSAL_FROM_TOP_LEFT = 1  # custom_mask_type of aten::_efficient_attention_forward
 
-_takes_cudnn = False  # where it can be taken
+# Of the process, not of a context: recomputation runs forward passes in threads of autograd, which see no other thread's context.
+_uses_cudnn = False
 
 
-def take_cudnn(wanted: bool) -> None:
-    """Whether packed rows are attended with cuDNN's kernel from now on, where there is one (`cudnn_attention.pays`)."""
-    global _takes_cudnn
-    _takes_cudnn = wanted
+def use_cudnn(wanted: bool) -> None:
+    """Choose whether packed rows use cuDNN's kernel from now on, if there is one (`cudnn_attention.pays`).
+
+    Training must switch it off again at its end: False also frees what the kernels have kept of the last batch.
+    """
+    global _uses_cudnn
+    _uses_cudnn = wanted
+    if not wanted:
+        cudnn_attention.forget_offsets()
 
 
 def isolated_attention(
@@ -48,29 +59,31 @@ def isolated_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention; inside each packed row where the batch is packed.
+    """Compute causal attention, inside each row if the batch is packed.
 
     Args:
-        module: the attention layer (num_key_value_groups query heads share a key/value head).
-        query: (batch, heads, length, head size); a packed batch has batch size 1.
-        key, value: (batch, key/value heads, length, head size).
-        attention_mask: what `isolated_mask` made; None for a packed batch.
-        kwargs: cu_seq_lens_q (rows + 1 offsets, int32) and max_length_q of a packed batch.
+        module: the attention layer; num_key_value_groups query heads share a key/value head.
+        query: (batch, heads, tokens, head size); a packed batch has batch size 1.
+        key, value: (batch, key/value heads, tokens, head size).
+        attention_mask: from `isolated_mask`; None for a packed batch.
+        dropout: probability, for batches that are not packed.
+        scaling: of query-key products; 1 / sqrt(head size) if None.
+        kwargs: cu_seq_lens_q, (rows + 1) offsets int32, and max_length_q, tokens of the longest row, of a packed batch.
 
     Returns:
-        (batch, length, heads, head size), and no attention weights.
+        (batch, tokens, heads, head size), and None instead of attention weights.
     """
     boundaries, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     groups = getattr(module, "num_key_value_groups", 1)
-    if boundaries is None and attention_mask is None and _takes_cudnn and module.training and _is_one_row(query, key):
-        boundaries, longest = _whole(query.shape[2], query.device), query.shape[2]
+    if boundaries is None and attention_mask is None and _uses_cudnn and module.training and _is_one_row(query, key):
+        boundaries, longest = _one_row(query.shape[2], query.device), query.shape[2]
     if boundaries is None or attention_mask is not None:
         if attention_mask is None and query.is_cuda and not has_flash_attention(query):
-            # Of the kernels that are left none shares key/value heads, and SDPA would take the one that builds the whole matrix.
+            # None of the remaining kernels shares key/value heads, and SDPA would use the one that builds the whole matrix.
             key, value = repeat_kv(key, groups), repeat_kv(value, groups)
             module = torch.nn.Identity()
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    # Under autocast, rotation makes these two float32 in a float32 model.
+    # Under autocast, rotary embeddings make these two float32 in a float32 model.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if query.device.type == "cpu":
         shared = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -79,7 +92,7 @@ def isolated_attention(
     if has_flash_attention(query):
         flat = [tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value)]
         out = None
-        if _takes_cudnn and cudnn_attention.is_possible(query, key):
+        if _uses_cudnn and cudnn_attention.is_possible(query, key):
             out = cudnn_attention.attend(flat[0], flat[1], flat[2], boundaries, longest, scaling)
         if out is None:
             out = _flash(flat, boundaries, longest, scaling, groups)
@@ -94,14 +107,18 @@ def _is_one_row(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _whole(length: int, device: torch.device) -> torch.Tensor:
-    """The boundaries of one row; all layers of a pass are given the same ones."""
+def _one_row(length: int, device: torch.device) -> torch.Tensor:
+    """Return the boundaries (2) int32 of one row; all layers of a pass receive the same tensor."""
     return torch.arange(2, dtype=torch.int32, device=device) * length
 
 
 def has_flash_attention(query: torch.Tensor) -> bool:
-    """Flash attention is for 16-bit numbers on compute capability 8.0 and newer."""
-    return query.dtype.itemsize == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    """Whether flash attention may be used for this tensor on a GPU: 16 bits, compute capability 8.0 or newer, not disabled."""
+    return (
+        query.dtype.itemsize == 2
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and os.environ.get(DISABLE_FLASH_ATTENTION) != "1"
+    )
 
 
 def _row_by_row(
@@ -128,7 +145,7 @@ def _flash(
 
 @functools.cache
 def _gqa(groups: int) -> dict[str, Any]:
-    """torch 2.11's varlen_attn shares key/value heads without being told, later ones want to be."""
+    """Return the argument with which varlen_attn shares key/value heads; torch 2.11 does so without one."""
     from torch.nn.attention.varlen import varlen_attn
 
     return {"enable_gqa": groups > 1} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -168,7 +185,10 @@ def isolated_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """No mask for a packed batch (transformers forbids the causal shortcut exactly there); SDPA's own for every other one."""
+    """Return None for a packed batch and SDPA's mask for every other one.
+
+    transformers disallows the causal shortcut (`allow_is_causal_skip`) exactly for packed batches.
+    """
     if attention_mask is None and not allow_is_causal_skip and q_length == kv_length and batch_size == 1:
         return None
     return sdpa_mask(
@@ -184,7 +204,7 @@ def isolated_mask(
 
 
 def register() -> str:
-    """Makes the implementation known to transformers; returns its name for model.attn_implementation."""
+    """Register the implementation with transformers and return its name for model.attn_implementation."""
     AttentionInterface.register(NAME, isolated_attention)
     AttentionInterface.register(_UNMASKED, isolated_attention)
     AttentionMaskInterface.register(NAME, isolated_mask)
@@ -193,7 +213,7 @@ def register() -> str:
 
 @contextlib.contextmanager
 def no_mask(model: torch.nn.Module, batch: dict[str, Any]) -> Iterator[None]:
-    """While a packed batch goes through the model, transformers makes no mask: to find out that it needs none, it waits for the GPU."""
+    """While a packed batch goes through the model, keep transformers from looking for a mask, which would wait for the GPU."""
     whole: Any = model.config
     config = whole.get_text_config()
     is_known = config._attn_implementation == NAME and "cu_seq_lens_q" in batch and "attention_mask" not in batch

@@ -1,7 +1,7 @@
-"""The last decoder layer's MLP where it matters: at positions whose next token carries loss.
+"""The last decoder layer's MLP, computed only at positions whose next token carries loss.
 
-What the other positions would get from it goes nowhere: no later layer attends to them, and the LM head reads scored positions only. With
-loss on a quarter of the tokens that is 2 % of an 8B model's arithmetic.
+Its output at other positions is unused: no later layer attends to them, and the LM head reads scored positions only. With loss on a
+quarter of the tokens that saves 2 % of an 8B model's arithmetic.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,17 @@ import torch
 
 from intern.data.prompt import IGNORED
 from intern.kernels.decoder_layers import decoder_layers, mlp_is_by_position
+from intern.kernels.patches import Patches
 
-POSITIONS = "scored_positions"  # of a batch, beside its labels
+POSITIONS = "scored_positions"  # key of a batch, next to its labels
 
 
 @dataclass
 class WithPositions:
-    """A collator whose batches say which positions are scored: found before they are on the GPU, it is not waited for."""
+    """A collator that adds the scored positions to each batch.
+
+    They are computed on the CPU, before the batch is copied: finding them on the GPU would make the CPU wait for it.
+    """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -28,35 +32,64 @@ class WithPositions:
 
 
 def positions(labels: torch.Tensor) -> torch.Tensor:
-    """Of labels (batch, length), each at its own token's position: the flat positions before those that carry loss."""
+    """Return the positions whose next token carries loss.
+
+    Args:
+        labels: (batch, tokens) int64, each label at its own token's position.
+
+    Returns:
+        (scored positions) int64, indices into the flattened (batch * tokens) positions.
+    """
     scored = torch.zeros_like(labels, dtype=torch.bool)
     scored[:, :-1] = labels[:, 1:] != IGNORED
     return scored.flatten().nonzero().squeeze(1)
 
 
+def applies(model: torch.nn.Module) -> bool:
+    """Whether the last decoder layer has an MLP whose output is read position by position."""
+    layers = decoder_layers(model)
+    return bool(layers) and hasattr(layers[-1], "mlp") and mlp_is_by_position(layers[-1])
+
+
 class ScoredOnly:
-    """Bound to a model's last MLP; `look_at` tells it what is scored in the batch that comes next."""
+    """Replaces the forward pass of a model's last MLP; call `look_at` before each training batch.
+
+    Does nothing for a model that `applies` refuses.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._size: torch.Size | None = None
         self._positions = torch.empty(0)
-        layers = decoder_layers(model)
-        mlp: Any = getattr(layers[-1], "mlp", None) if layers else None
-        if mlp is not None and mlp_is_by_position(layers[-1]):
-            mlp.forward = self._where_scored(mlp, mlp.forward)
+        self._patches = Patches()
+        if applies(model):
+            mlp: Any = decoder_layers(model)[-1].mlp
+            self._patches.set(mlp, "forward", self._at_scored_positions(mlp, mlp.forward))
 
     def look_at(self, size: torch.Size, scored: torch.Tensor) -> None:
-        """The next training batch's size, batch x length, and its scored `positions`."""
+        """Announce the next training batch.
+
+        Args:
+            size: (batch, tokens).
+            scored: its `positions`, on the device of the model.
+        """
         self._size, self._positions = size, scored
 
-    def _where_scored(self, mlp: torch.nn.Module, whole: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(hidden: torch.Tensor, *more: Any, **given: Any) -> Any:
-            if not mlp.training or hidden.shape[:-1] != self._size or not len(self._positions) or more or given:
-                return whole(hidden, *more, **given)
-            flat = hidden.flatten(0, 1)
-            out = whole(flat[self._positions].unsqueeze(0))
-            if not isinstance(out, torch.Tensor):  # with a router's scores, of all positions
+    def undo(self) -> None:
+        """Restore the MLP's own forward pass."""
+        self._patches.undo()
+
+    def _at_scored_positions(self, mlp: torch.nn.Module, whole: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # (batch, tokens, hidden)
+            if not mlp.training or hidden.shape[:-1] != self._size or not len(self._positions) or args or kwargs:
+                return whole(hidden, *args, **kwargs)
+            flat = hidden.flatten(0, 1)  # (batch * tokens, hidden)
+            out = whole(flat[self._positions].unsqueeze(0))  # (1, scored positions, hidden)
+            if not isinstance(
+                out, torch.Tensor
+            ):  # a mixture of experts also returns its router's scores, of all positions
                 return whole(hidden)
-            return torch.zeros_like(flat).index_copy(0, self._positions, out.squeeze(0)).view_as(hidden)
+            # Under autocast the output may be narrower than the input.
+            everywhere = torch.zeros_like(flat, dtype=out.dtype)
+            return everywhere.index_copy(0, self._positions, out.squeeze(0)).view_as(hidden)
 
         return forward

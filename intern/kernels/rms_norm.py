@@ -1,7 +1,7 @@
-"""The norms before attention and MLP, with weights that are not trained: RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467).
+"""Frozen RMSNorms before attention and MLP (Zhang and Sennrich 2019, arXiv:1910.07467), with one backward kernel for both gradients.
 
-What a norm reads is also added again after attention or MLP, so its gradient has two parts. Autograd would add them in a pass of its own
-over all numbers; here the norm's backward kernel adds the other part to what it has in hand.
+A norm's input is also added again after attention or MLP, so its gradient has two parts. Autograd would add them in a separate pass over
+all elements; here the norm's backward kernel adds the other part to the values that it holds.
 """
 
 import functools
@@ -11,29 +11,37 @@ from typing import Any
 import torch
 
 from intern.kernels.decoder_layers import decoder_layers, only_adds_its_mlp
+from intern.kernels.patches import Patches
 
-_NORMS = ("input_layernorm", "post_attention_layernorm")  # of a layer whose parts are known
-_CLOSE = 2e-2  # numbers of about one, rounded to 16 bits now and then
+_NORMS = ("input_layernorm", "post_attention_layernorm")  # of a layer without unknown parts
+_TOLERANCE = 2e-2  # for values of about 1 that are rounded to 16 bits a few times
 
 
-def fuse_norms(model: torch.nn.Module) -> int:
-    """Gives frozen RMSNorms of decoder layers this form; the number of norms that have it now.
+def applies(model: torch.nn.Module) -> bool:
+    """Whether some decoder layer has no unknown parts; `fuse_norms` then looks at each of its norms."""
+    return any(map(only_adds_its_mlp, decoder_layers(model)))
 
-    A norm that computes anything else (another offset, a bias), and one of a layer with parts that are not known, stays as it is.
+
+def fuse_norms(model: torch.nn.Module) -> Patches:
+    """Replace the forward pass of frozen RMSNorms in decoder layers.
+
+    Must run after Liger has replaced it: the forward pass that is there by then serves evaluation and other dtypes.
+    A norm that computes anything else (another offset, a bias) is left alone, and so are those of layers with unknown parts.
+
+    Returns:
+        The replaced forward passes, one per norm.
     """
-    count = 0
+    patches = Patches()
     for layer in decoder_layers(model):
         for name in _NORMS if only_adds_its_mlp(layer) else ():
             norm = getattr(layer, name)
-            if _is_this(norm):
-                forward = types.MethodType(_forward(layer, name), norm)
-                setattr(norm, "forward", forward)  # noqa: B010 - mypy forbids the assignment
-                count += 1
-    return count
+            if _is_frozen_rms_norm(norm):
+                patches.set(norm, "forward", types.MethodType(_forward(layer, name), norm))
+    return patches
 
 
-def _is_this(norm: Any) -> bool:
-    """Whether it is frozen and, tried on this device, gives the values and gradients that this module gives."""
+def _is_frozen_rms_norm(norm: Any) -> bool:
+    """Whether the norm is frozen and, tried on its device, has the values and gradients of this module."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
     if weight is None or eps is None or weight.requires_grad or not weight.is_floating_point():
         return False
@@ -44,26 +52,28 @@ def _is_this(norm: Any) -> bool:
     x = x.detach()
     ours, scale = normalized(x, weight, eps)
     pairs = (ours, theirs), (gradient(x.cos(), None, x, weight, scale), their_gradient)
-    return all(torch.allclose(mine, other, rtol=_CLOSE, atol=_CLOSE) for mine, other in pairs)
+    return all(torch.allclose(mine, other, rtol=_TOLERANCE, atol=_TOLERANCE) for mine, other in pairs)
 
 
 def _forward(layer: Any, name: str) -> Any:
-    theirs = getattr(layer, name).forward  # Liger's, where it was put there
+    theirs = getattr(layer, name).forward  # Liger's if it is in use
 
-    def forward(norm: Any, x: torch.Tensor) -> Any:
+    def forward(norm: Any, x: torch.Tensor) -> Any:  # (batch, tokens, hidden)
         if not norm.training or x.dtype != norm.weight.dtype or not x.is_contiguous():
             return theirs(x)
-        # Of a sum autograd keeps nothing, so it may be told that this one has changed: from then on both gradients come to one node.
-        # A layer that runs again keeps its own input, though.
+        # Autograd saves nothing of a sum, so the sum may be marked as modified: from then on both gradients reach one node.
+        # A checkpointed layer saves its own input, though.
         is_sum = torch.is_grad_enabled() and x.grad_fn is not None and x.grad_fn.name() == "AddBackward0"
-        is_kept = name == "input_layernorm" and layer.gradient_checkpointing
-        given = x, norm.weight, norm.variance_epsilon
-        return _SumAndNorm.apply(*given)[1] if is_sum and not is_kept else _Norm.apply(*given)
+        is_saved = name == "input_layernorm" and layer.gradient_checkpointing
+        args = x, norm.weight, norm.variance_epsilon
+        return _SumAndNorm.apply(*args)[1] if is_sum and not is_saved else _Norm.apply(*args)
 
     return forward
 
 
 class _Norm(torch.autograd.Function):
+    """x (..., hidden) -> its norm, of the same shape."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out, scale = normalized(x, weight, eps)
@@ -76,7 +86,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _SumAndNorm(torch.autograd.Function):
-    """x, unchanged, and its norm."""
+    """x (..., hidden) -> x itself, unchanged, and its norm."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,8 +101,17 @@ class _SumAndNorm(torch.autograd.Function):
 
 
 def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (..., size) over the root of its mean square, times weight (size); and one over that root, float32 (..., 1)."""
-    if x.is_cuda and (kernels := _kernels()) is not None:
+    """Compute x / sqrt(mean(x^2) + eps) * weight.
+
+    Args:
+        x: (..., hidden).
+        weight: (hidden).
+        eps: added to the mean square.
+
+    Returns:
+        The norm, like x, and 1 / sqrt(mean(x^2) + eps), (..., 1) float32.
+    """
+    if x.is_cuda and (kernels := _triton_kernels()) is not None:
         return kernels.normalized(x, weight, eps)
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -102,18 +121,27 @@ def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch
 def gradient(
     grad: torch.Tensor, other: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """That of x: what comes through `normalized` from `grad`, which may be overwritten, and `other`, what comes to x past it."""
+    """Compute the gradient of x.
+
+    Args:
+        grad: gradient of the norm, (..., hidden); it may be overwritten.
+        other: gradient that reaches x past the norm, (..., hidden), or None.
+        x, weight, scale: as in `normalized`.
+
+    Returns:
+        (..., hidden), in the dtype of x.
+    """
     grad = grad.contiguous()
-    if x.is_cuda and (kernels := _kernels()) is not None:
+    if x.is_cuda and (kernels := _triton_kernels()) is not None:
         return kernels.gradient(grad, other, x, weight, scale)
-    wide, over = x.float(), grad.float() * weight.float()
-    found = scale * (over - wide * (scale.square() * (over * wide).mean(-1, keepdim=True)))
+    wide, weighted = x.float(), grad.float() * weight.float()
+    found = scale * (weighted - wide * (scale.square() * (weighted * wide).mean(-1, keepdim=True)))
     return (found if other is None else found.add_(other)).to(x.dtype)
 
 
 @functools.cache
-def _kernels() -> Any:
-    """Triton's; None where it is not installed."""
+def _triton_kernels() -> Any:
+    """Return the module of Triton kernels, or None if Triton is not installed."""
     try:
         from intern.kernels import rms_norm_triton
     except ImportError:

@@ -1,4 +1,4 @@
-"""RMSNorm with a frozen weight in Triton: a program for each token, all of whose numbers it holds, so each is read once."""
+"""RMSNorm with a frozen weight in Triton: one program per token holds all its elements, so each is read once."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-_OF_A_WARP = 512  # numbers, and up to 16 warps: as fast as memory is for 4,096 (docs/benchmarks.md)
+_ELEMENTS_PER_WARP = 512  # with up to 16 warps, bound by memory for 4,096 elements (docs/benchmarks.md)
+_MOST_WARPS = 16
 
 
 @triton.jit
@@ -42,23 +43,24 @@ def _backward(  # type: ignore[no-untyped-def] # noqa: ANN202
 
 
 def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """As in intern/kernels/rms_norm.py."""
+    """Compute the norm as `intern.kernels.rms_norm.normalized` does, for tensors on a GPU."""
     out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _forward[(scale.numel(),)](x, weight, out, scale, len(weight), eps, **_shape(len(weight)))
+        _forward[(scale.numel(),)](x, weight, out, scale, len(weight), eps, **_launch(len(weight)))
     return out, scale
 
 
 def gradient(
     grad: torch.Tensor, other: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """As in intern/kernels/rms_norm.py; `grad` becomes it."""
+    """Compute the gradient as `intern.kernels.rms_norm.gradient` does, for tensors on a GPU; `grad` is overwritten and returned."""
     given = grad, other if other is None else other.contiguous(), x, weight, scale, len(weight)
     with torch.cuda.device_of(x):
-        _backward[(scale.numel(),)](*given, HAS_OTHER=other is not None, **_shape(len(weight)))
+        _backward[(scale.numel(),)](*given, HAS_OTHER=other is not None, **_launch(len(weight)))
     return grad
 
 
-def _shape(size: int) -> dict[str, Any]:
+def _launch(size: int) -> dict[str, Any]:
+    """Return the block size and the number of warps for `size` elements per token."""
     block = triton.next_power_of_2(size)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // _OF_A_WARP))}
+    return {"BLOCK": block, "num_warps": min(_MOST_WARPS, max(1, block // _ELEMENTS_PER_WARP))}

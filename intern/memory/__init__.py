@@ -1,1 +1,1 @@
-"""How much memory a training step takes, and what is given up so that it fits."""
+"""How much memory a training step needs, and what is given up so that it fits."""

@@ -1,4 +1,4 @@
-"""What fits into a GPU's memory, decided on measured peaks: how many layers keep their activations, and what to change where nothing does."""
+"""Measured peaks -> a memory plan: how many layers keep their activations, and what to change if no plan fits."""
 
 import itertools
 from collections.abc import Callable
@@ -9,61 +9,76 @@ from transformers import TrainingArguments
 
 from intern.units import GIB
 
-_MARGIN = 0.06  # of the memory: fragmentation, and what evaluation and libraries take beside the measured step
-_FEW = (0, 2, 4)  # kept layers that are tried before their cost is known
-_SHORTEST = 256  # tokens to which rows are cut in search of what fits
+_MARGIN = 0.06  # fraction of the budget: fragmentation, and what evaluation and libraries need in addition to the measured step
+_FIRST_TRIES = (0, 2, 4)  # kept layers that are tried before their cost is known
+_SHORTEST_ROW_TOKENS = 256  # to which rows are cut in search of what fits
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What was decided: `checkpointed` of `layers` decoder layers recompute; the worst step then peaks at `peak` bytes of `budget`."""
+    """What a run gives up to fit into GPU memory. Stored in memory.json (intern/memory/stored_plan.py).
+
+    Args:
+        layers: decoder layers of the model.
+        checkpointed: how many of them recompute their activations in the largest batch.
+        peak: bytes at the peak of a step on the largest batch; 0 if it was not measured.
+        budget: bytes that the run may use; 0 if it was not measured.
+        offloaded: inputs of checkpointed layers are in host memory.
+        attends_once: and so are results of attention, which are not computed again.
+        tiled: MLPs are computed in chunks of tokens.
+        unpacked: bytes of weights that are stored dequantized as well.
+        replayed: decoder layers are replayed as CUDA graphs.
+        cudnn: packed rows use cuDNN's attention kernel, if there is one.
+        tokens: of the largest batch; if known, smaller ones keep more layers.
+    """
 
     layers: int
     checkpointed: int
     peak: int
     budget: int
-    offloaded: bool = False  # inputs of checkpointed layers wait in host memory
-    attends_once: bool = False  # and so do results of attention, which is not computed again
-    tiled: bool = False  # MLPs take rows in pieces
-    unpacked: int = 0  # bytes of weights that are held unpacked as well
-    replayed: bool = False  # decoder layers are replayed as CUDA graphs
-    cudnn: bool = False  # packed rows are attended with cuDNN's kernel, where there is one
-    tokens: int = 0  # of the largest batch; smaller ones keep more layers where this is known
+    offloaded: bool = False
+    attends_once: bool = False
+    tiled: bool = False
+    unpacked: int = 0
+    replayed: bool = False
+    cudnn: bool = False
+    tokens: int = 0
 
     def kept(self, tokens: int) -> int:
-        """How many layers keep their activations in a batch of so many tokens: as many as take what the largest batch's take."""
+        """Return how many layers keep their activations in a batch of `tokens` tokens.
+
+        As many as need the memory that the largest batch's kept layers need.
+        """
         kept = self.layers - self.checkpointed
-        # A graph is recorded for one number of them.
+        # A CUDA graph is recorded for one number of kept layers.
         return min(self.layers, kept * self.tokens // tokens) if self.tokens and not self.replayed else kept
 
     def __str__(self) -> str:
         varies = self.tokens and not self.replayed and 0 < self.checkpointed < self.layers
-        return (
-            f"activation checkpointing on {'up to ' if varies else ''}{self.checkpointed} of {self.layers} layers"
-            + (
-                f", their inputs{' and attention' if self.attends_once else ''} in host memory"
-                if self.offloaded
-                else ""
-            )
-            + (", MLPs in pieces" if self.tiled else "")
-            + (f", {self.unpacked / GIB:.1f} GiB for unpacked weights" if self.unpacked else "")
-            + (", replayed as CUDA graphs" if self.replayed else "")
-            + (", cuDNN's attention" if self.cudnn else "")
-            + (
-                f": the largest batch peaks at {self.peak / GIB:.1f} GiB of {self.budget / GIB:.1f}"
-                if self.peak
-                else ""
-            )
+        offloaded = f", their inputs{' and attention' if self.attends_once else ''} in host memory"
+        parts = (
+            f"activation checkpointing on {'up to ' if varies else ''}{self.checkpointed} of {self.layers} layers",
+            offloaded if self.offloaded else "",
+            ", tiled MLPs" if self.tiled else "",
+            f", {self.unpacked / GIB:.1f} GiB for dequantized weights" if self.unpacked else "",
+            ", replayed as CUDA graphs" if self.replayed else "",
+            ", cuDNN's attention" if self.cudnn else "",
+            f": the largest batch peaks at {self.peak / GIB:.1f} GiB of {self.budget / GIB:.1f}" if self.peak else "",
         )
+        return "".join(parts)
 
 
-def plan(layers: int, budget: int, peak_of: Callable[[int], int | None]) -> MemoryPlan | None:
-    """The fewest checkpointed layers that fit; None where it does not even fit with every layer checkpointed.
+def fewest_checkpointed_layers(layers: int, budget: int, peak_of: Callable[[int], int | None]) -> MemoryPlan | None:
+    """Find the plan with the fewest checkpointed layers that fits.
 
     Args:
-        layers: how many decoder layers there are.
-        budget: bytes that the run may take.
-        peak_of: runs the worst step with so many layers kept (not checkpointed); its peak in bytes, None where memory ran out.
+        layers: decoder layers of the model.
+        budget: bytes that the run may use.
+        peak_of: runs the largest step with that many layers kept (not checkpointed) and returns its peak in bytes, or None if
+            memory ran out.
+
+    Returns:
+        The plan, or None if the step does not even fit with every layer checkpointed.
     """
     most = usable(budget)
 
@@ -74,14 +89,14 @@ def plan(layers: int, budget: int, peak_of: Callable[[int], int | None]) -> Memo
     if (whole := fits(layers)) is not None:
         return MemoryPlan(layers, 0, whole, budget)
     fitting: list[tuple[int, int]] = []  # kept layers, and the peak with them
-    for kept in sorted({min(few, layers) for few in _FEW}):
+    for kept in sorted({min(few, layers) for few in _FIRST_TRIES}):
         if (peak := fits(kept)) is None:
             break
         fitting.append((kept, peak))
     if not fitting:
         return None
-    if len(fitting) == len(_FEW):
-        # The first kept layer takes the place of a recomputed one at the peak: what a layer costs shows from the second on.
+    if len(fitting) == len(_FIRST_TRIES):
+        # The first kept layer replaces a recomputed one at the peak, so the cost of a layer shows from the second one on.
         (few, first), (more, second) = fitting[1:]
         cost = max((second - first) // (more - few), 1)
         wanted = min(layers - 1, more + (most - second) // cost)
@@ -94,14 +109,23 @@ def plan(layers: int, budget: int, peak_of: Callable[[int], int | None]) -> Memo
 
 
 def usable(budget: int) -> int:
-    """What of `budget` a measured step may take."""
+    """Return the bytes of `budget` that a measured step may use."""
     return int(budget * (1 - _MARGIN))
 
 
 def smallest_change(
     batch: list[dict[str, Any]], fits: Callable[[list[dict[str, Any]]], bool], args: TrainingArguments
 ) -> str:
-    """What makes a batch fit that does not, tried: fewer rows, then shorter ones."""
+    """Find what makes a batch fit by trying: fewer rows first, then shorter ones.
+
+    Args:
+        batch: rows that do not fit, the longest first.
+        fits: whether rows fit.
+        args: the run's, for its gradient_accumulation_steps.
+
+    Returns:
+        The remedy as text.
+    """
     size = len(batch)
     while size > 1:
         size //= 2
@@ -112,15 +136,15 @@ def smallest_change(
                 f"(with trainer.gradient_accumulation_steps={steps} an optimizer step sees as many rows)"
             )
     length = len(batch[0]["input_ids"])
-    while length > _SHORTEST:
+    while length > _SHORTEST_ROW_TOKENS:
         length = length * 3 // 4
         if fits([_cut(batch[0], length)]):
             return f"trainer.max_length={length} with trainer.per_device_train_batch_size=1 was tried and fits"
-    return "take a smaller model, or a card with more memory"
+    return "take a smaller model, or a GPU with more memory"
 
 
 def _cut(row: dict[str, Any], length: int) -> dict[str, Any]:
-    """The first tokens of a row, or of a pack of rows."""
+    """Return the first `length` tokens of a row, or of a pack of rows."""
     short = {name: values[:length] for name, values in row.items() if len(values) == len(row["input_ids"])}
     if "seq_lengths" in row:
         ends = [min(end, length) for end in itertools.accumulate(row["seq_lengths"])]

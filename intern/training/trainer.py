@@ -25,11 +25,10 @@ from trl import SFTConfig, SFTTrainer
 from intern.config.build import build, plain
 from intern.data.prompt import IGNORED
 from intern.errors import RunError, UserError
+from intern.kernels.install import InstalledKernels
 from intern.kernels.isolated_attention import no_mask
-from intern.kernels.last_mlp import POSITIONS, ScoredOnly, WithPositions
-from intern.kernels.lm_head import score_positions
-from intern.kernels.lora_linear import forget_waiting, fuse_adapters
-from intern.kernels.rms_norm import fuse_norms
+from intern.kernels.last_mlp import POSITIONS, WithPositions
+from intern.kernels.lora_linear import forget_waiting
 from intern.model.precision import Precision
 from intern.runs.directory import Run
 from intern.upstream import forget_optimizers
@@ -364,19 +363,16 @@ class InternTrainer(SFTTrainer):
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
-        fuse_adapters(self.model)
-        self._scored = None if self.aux_loss_enabled else ScoredOnly(self.model)
-        adapted: Any = self.model
-        self._has_head = self._scored is not None and score_positions(adapted.get_base_model())
+        self.kernels = InstalledKernels()
         asked = args.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None
-        self._has_plain_loss = self._has_head and not asked and self.accelerator.parallelism_config is None
+        self._has_plain_loss = not asked and self.accelerator.parallelism_config is None
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The library's; norms get their form here, since before it the library puts Liger's into its place."""
+        """Run the library's loop with our kernels installed; Liger's are in place by now (intern/kernels/install.py)."""
         assert self.model is not None
-        fuse_norms(self.model)
         try:
-            return super()._inner_training_loop(*args, **kwargs)
+            with self.kernels.installed(self.model, self.aux_loss_enabled):
+                return super()._inner_training_loop(*args, **kwargs)
         finally:
             forget_optimizers()
 
@@ -410,12 +406,19 @@ class InternTrainer(SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **kwargs: Any) -> Any:
         """The library's, after the last MLP was told which positions it will be asked for."""
-        scored = inputs[POSITIONS] if self._has_head else inputs.pop(POSITIONS)
-        if self._scored is not None and model.training:
-            self._scored.look_at(inputs["labels"].shape, scored)
+        has_head, last_mlp = "lm_head" in self.kernels, self.kernels.get("last_mlp")
+        scored = inputs[POSITIONS] if has_head else inputs.pop(POSITIONS)
+        if last_mlp is not None and model.training:
+            last_mlp.look_at(inputs["labels"].shape, scored)
         assert self.model is not None
         with no_mask(self.model, inputs):
-            if model.training and self._has_plain_loss and not arguments and kwargs.keys() == {"num_items_in_batch"}:
+            if (
+                has_head
+                and model.training
+                and self._has_plain_loss
+                and not arguments
+                and kwargs.keys() == {"num_items_in_batch"}
+            ):
                 return self._plain_loss(model, inputs, **kwargs)
             return super().compute_loss(model, inputs, *arguments, **kwargs)
 

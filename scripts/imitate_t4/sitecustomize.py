@@ -1,12 +1,11 @@
 """PYTHONPATH=scripts/imitate_t4 python -m intern.train model.pretrained_model_name_or_path=...
 
-Bounds a larger GPU as a Colab T4 would, in every Python process that finds this folder: 14.7 GiB of memory, no flash and no cuDNN
-attention kernels. Speed is that of the real card: only memory and the choice of kernels are imitated. Python imports a module of this
-name by itself at its start.
+Limits a larger GPU to what a Colab T4 has, in every Python process that finds this folder: 14.7 GiB of memory, no flash and no cuDNN
+attention kernels. The speed is that of the real GPU: only memory and the choice of kernels are imitated. Python imports a module of this
+name by itself when it starts.
 """
 
-import sys
-from pathlib import Path
+import os
 
 import torch
 
@@ -16,7 +15,4 @@ if torch.cuda.is_available():
     torch.cuda.set_per_process_memory_fraction(T4_GIB * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    sys.path.append(str(Path(__file__).resolve().parents[2]))  # the project, where it is not installed
-    import intern.kernels.isolated_attention
-
-    intern.kernels.isolated_attention.has_flash_attention = lambda query: False
+    os.environ["INTERN_DISABLE_FLASH_ATTENTION"] = "1"  # the switches above do not reach intern's own kernels

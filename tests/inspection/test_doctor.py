@@ -29,7 +29,7 @@ from intern.inspection.check import AMBER, GREEN, RED
 from intern.inspection.context import Facts
 from intern.inspection.doctor import CHECKS, diagnose, run_check
 from intern.inspection.installation import missing_weights, requirements
-from intern.memory.estimate import Shape, training_peak
+from intern.memory.estimate import ModelSizes, training_peak
 from intern.paths import CONF_DIR
 from intern.units import GIB
 
@@ -384,7 +384,7 @@ def test_too_little_gpu_memory_is_red_and_tight_is_amber(card):
     ],
 )
 def test_the_estimate_is_near_what_was_measured(tokens, fused, kind, measured):
-    llama3_8b = Shape(32, 4096, 14336, 1024, weights=5.31 * GIB, trainable=13_631_488, adapted_inputs=4 * 4096)
+    llama3_8b = ModelSizes(32, 4096, 14336, 1024, weights=5.31 * GIB, trainable=13_631_488, adapted_inputs=4 * 4096)
     peak = training_peak(llama3_8b, tokens, element=2, fused=fused, state_bytes=2)
     assert getattr(peak, kind) / GIB == pytest.approx(measured, rel=0.1)
 

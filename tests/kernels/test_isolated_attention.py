@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import intern.kernels.isolated_attention
-from intern.kernels import cudnn_attention
+from intern.kernels import cudnn_attention, cudnn_graphs
 from intern.kernels.decoder_layers import decoder_layers
-from intern.kernels.isolated_attention import isolated_attention, register
+from intern.kernels.isolated_attention import DISABLE_FLASH_ATTENTION, isolated_attention, register
 from intern.kernels.recompute import offload_inputs
 from intern.model.base import Base
 
@@ -180,9 +180,9 @@ class _Graph:
 def fake_cudnn(monkeypatch):
     """The calls of kernels that CPUs do not have, in their place."""
     calls = []
-    monkeypatch.setattr(cudnn_attention, "_is_built", lambda sizes: True)
-    monkeypatch.setattr(cudnn_attention, "_forward_graph", lambda sizes: _Graph(calls, sizes, False))
-    monkeypatch.setattr(cudnn_attention, "_backward_graph", lambda sizes: _Graph(calls, sizes, True))
+    monkeypatch.setattr(cudnn_attention, "is_built", lambda sizes: True)
+    monkeypatch.setattr(cudnn_attention, "forward_graph", lambda sizes: _Graph(calls, sizes, False))
+    monkeypatch.setattr(cudnn_attention, "backward_graph", lambda sizes: _Graph(calls, sizes, True))
     return calls
 
 
@@ -193,8 +193,8 @@ def test_cudnn_is_told_where_rows_begin_and_which_heads_are_whose(lengths, turns
     boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     torch.manual_seed(0)
     drawn = [torch.randn(tokens, count, size) for count in (heads, key_heads, key_heads)]
-    sizes = cudnn_attention._Sizes.of(*drawn[:2], len(lengths), max(lengths), 0.3)
-    monkeypatch.setattr(cudnn_attention, "_WORKSPACE", 3 * 4 * size * sizes.tokens * heads // turns)
+    sizes = cudnn_graphs.AttentionSizes.of(*drawn[:2], len(lengths), max(lengths), 0.3)
+    monkeypatch.setattr(cudnn_graphs, "_BACKWARD_WORKSPACE_BYTES", 3 * 4 * size * sizes.tokens * heads // turns)
 
     def out_and_gradients(attend):
         given = [one.clone().requires_grad_() for one in drawn]
@@ -215,7 +215,7 @@ def test_cudnn_is_told_where_rows_begin_and_which_heads_are_whose(lengths, turns
 
 
 def test_a_kernel_serves_batches_of_like_size():
-    rounded = cudnn_attention._rounded
+    rounded = cudnn_graphs._rounded
     assert [rounded(count, 2) for count in (1, 2, 3, 1360, 2048, 2049)] == [1, 2, 4, 2048, 2048, 4096]
     assert [rounded(count, 8) for count in (1, 2, 8, 9, 45, 64, 65)] == [1, 8, 8, 64, 64, 64, 512]
     assert [rounded(count, 2, 8) for count in (1, 7, 16, 17, 16321, 16384)] == [1, 7, 16, 18, 16384, 16384]
@@ -228,7 +228,7 @@ def test_a_build_pays_in_long_runs_and_sooner_with_long_rows():
     assert cudnn_attention.pays(400_000, 40, **llama)
     assert cudnn_attention.pays(16_000_000, 40_000, **llama)
     assert not cudnn_attention.pays(16_000_000, 40_000, layers=4, width=256)
-    assert not cudnn_attention.has_kernels() or _IS_HOPPER
+    assert not cudnn_graphs.has_cudnn_frontend() or _IS_HOPPER
 
 
 def test_rows_attend_once_where_layers_keep_results(fake_cudnn, monkeypatch):
@@ -264,7 +264,7 @@ def with_cudnn(query, key, value, lengths, scaling):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not cudnn_attention.has_kernels(), reason="needs a Hopper GPU and cuDNN's frontend")
+@pytest.mark.skipif(not cudnn_graphs.has_cudnn_frontend(), reason="needs a Hopper GPU and cuDNN's frontend")
 @pytest.mark.parametrize("lengths", [[3000, 5000], [1, 2047, 3, 129, 500, 1, 63], [7] * 300 + [4096]])
 @pytest.mark.parametrize("turns", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -274,7 +274,7 @@ def test_cudnn_gives_what_flash_attention_gives(lengths, turns, dtype, monkeypat
         torch.randn((sum(lengths), heads, 128), generator=generator, device="cuda", dtype=dtype) for heads in (8, 2, 2)
     ]
     boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
-    monkeypatch.setattr(cudnn_attention, "_WORKSPACE", 2**40 if turns == 1 else 1)
+    monkeypatch.setattr(cudnn_graphs, "_BACKWARD_WORKSPACE_BYTES", 2**40 if turns == 1 else 1)
 
     def out_and_gradients(attend):
         given = [one.clone().requires_grad_() for one in drawn]
@@ -298,6 +298,6 @@ def test_the_kernel_of_older_cards_gives_the_same(device, monkeypatch):
         device
     )
     newer = logits(half, packed(rows(), device))
-    monkeypatch.setattr(intern.kernels.isolated_attention, "has_flash_attention", lambda query: False)
+    monkeypatch.setenv(DISABLE_FLASH_ATTENTION, "1")
     older = logits(half, packed(rows(), device))
     torch.testing.assert_close(newer, older, atol=0.05, rtol=0.05)

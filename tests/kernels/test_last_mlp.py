@@ -55,7 +55,7 @@ def test_an_mlp_of_another_shape_computes_all(case):
     scored.look_at(LABELS.shape, positions(LABELS))
     hidden = torch.randn(2, 20, 32)
     if case == "more arguments":
-        layer.mlp.forward = scored._where_scored(layer.mlp, lambda hidden, residual: hidden + residual)
+        layer.mlp.forward = scored._at_scored_positions(layer.mlp, lambda hidden, residual: hidden + residual)
         assert torch.equal(layer.mlp(hidden, hidden), hidden * 2)
         return
     out = layer.mlp(hidden)

@@ -47,7 +47,7 @@ def check(device, dtype, bias, softcap, tolerance):
 @pytest.mark.parametrize("piece", [128, 256, 512])
 @pytest.mark.parametrize(("bias", "softcap"), [(False, None), (True, None), (False, 3.0)])
 def test_log_probabilities_and_gradients_are_those_of_the_whole_vocabulary(piece, bias, softcap, monkeypatch):
-    monkeypatch.setattr(intern.kernels.lm_head, "_LOGITS", piece * VOCABULARY * 4)
+    monkeypatch.setattr(intern.kernels.lm_head, "_LOGITS_BYTES", piece * VOCABULARY * 4)
     check("cpu", torch.float32, bias, softcap, 1e-5)
 
 
@@ -55,7 +55,7 @@ def test_log_probabilities_and_gradients_are_those_of_the_whole_vocabulary(piece
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: Triton's kernels run nowhere else")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_gpu_gives_the_same(dtype, monkeypatch):
-    monkeypatch.setattr(intern.kernels.lm_head, "_LOGITS", 128 * VOCABULARY * 2)
+    monkeypatch.setattr(intern.kernels.lm_head, "_LOGITS_BYTES", 128 * VOCABULARY * 2)
     check("cuda", dtype, True, None, 0.02)
 
 
@@ -87,7 +87,7 @@ def test_a_pass_returns_what_trls_head_returns(scored, monkeypatch):
     theirs.forward = lambda scored_positions, **given: plain(**given)
     expected = results(theirs, scored)
     ours = llama()
-    assert score_positions(ours)
+    assert len(score_positions(ours)) == 1
     monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", None)  # it is not asked
     found = results(ours, scored)
     assert len(found) == len(expected)
@@ -100,7 +100,7 @@ def test_other_heads_and_passes_are_the_librarys(case):
     model = llama(**({"logits_scaling": 2.0} if case == "scaled" else {}))
     if case == "trained":
         model.lm_head.requires_grad_(True)
-    assert score_positions(model) == (case == "asked for logits")
+    assert len(score_positions(model)) == (case == "asked for logits")
     ids = torch.arange(6)[None]
     assert model(input_ids=ids).logits.shape == (1, 6, 64)
     assert model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (1, 8)

@@ -10,8 +10,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 import intern.kernels.recompute
 from intern.kernels.decoder_layers import decoder_layers, draws_at_random
-from intern.kernels.lora_linear import _fused, fuse_adapters
-from intern.kernels.recompute import _Host, offload_inputs, recompute, remembered, tile_mlps
+from intern.kernels.lora_linear import _weights, fuse_adapters
+from intern.kernels.recompute import _Host, offload_inputs, recompute, save_for_recompute
+from intern.kernels.tiled_mlp import tile_mlps
 
 
 def model_and_layers(**config):
@@ -136,9 +137,11 @@ def test_the_output_of_a_layer_that_recomputes_takes_no_memory(monkeypatch):
     model, layers = model_and_layers()
     offload_inputs(layers, preserve_rng_state=False)
     sizes = []
-    real = intern.kernels.recompute._forget
+    real = intern.kernels.recompute._free_unread_sum
     monkeypatch.setattr(
-        intern.kernels.recompute, "_forget", lambda out: (real(out), sizes.append(out.untyped_storage().nbytes()))
+        intern.kernels.recompute,
+        "_free_unread_sum",
+        lambda out: (real(out), sizes.append(out.untyped_storage().nbytes())),
     )
     loss_and_gradients(model)
     assert sizes == [0] * 3  # of the second pass of each layer; that gradients stay the same is tested above
@@ -180,7 +183,7 @@ def test_weights_are_unpacked_once_for_all_pieces(monkeypatch):
         intern.kernels.recompute._run.reset(token)
     assert len(calls) == 4
     assert all(torch.allclose(mine, other, atol=1e-4) for mine, other in zip(gradients, expected[1:], strict=True))
-    assert [weight.unpacked for weight in _fused(mlp)] == [None, None]
+    assert [weight.unpacked for weight in _weights(mlp)] == [None, None]
 
 
 class Tanh(torch.autograd.Function):
@@ -194,7 +197,7 @@ class Tanh(torch.autograd.Function):
             Tanh.computed += 1
             return torch.tanh(2 * x), torch.tensor(2.0)
 
-        out, factor = remembered(compute)
+        out, factor = save_for_recompute(compute)
         ctx.save_for_backward(out, factor)
         return out
 

@@ -9,12 +9,15 @@ from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import LlamaConfig, LlamaModel, TrainerState
 
-import intern.memory.callback
+import intern.memory.apply
+import intern.memory.measure
 from intern.errors import RunError
-from intern.kernels import cudnn_attention, isolated_attention
+from intern.kernels import cudnn_graphs, isolated_attention
+from intern.kernels.install import InstalledKernels
+from intern.memory.batches import largest
 from intern.memory.callback import FitMemory
 from intern.memory.plan import MemoryPlan
-from intern.memory.probe import largest
+from intern.memory.stored_plan import read_plan
 from intern.runs.directory import Run
 from intern.units import GIB
 
@@ -27,6 +30,7 @@ def arguments(form=None, **given):
 def trainer(model, args, rows=None, **given):
     accelerator = types.SimpleNamespace(num_processes=1)
     kept = {"model": model, "args": args, "train_dataset": rows, "accelerator": accelerator, "padding_free": True}
+    kept["kernels"] = InstalledKernels()
     kept["data_collator"] = lambda batch: {"input_ids": torch.ones(1, sum(len(row["input_ids"]) for row in batch))}
     return types.SimpleNamespace(**kept | given)
 
@@ -46,7 +50,7 @@ class Told:
 
     def __init__(self, fit, alone=0.09, replayed=0.03, loss=2.0, peak=12 * GIB, held=13 * GIB, error=None):
         self.fit, self.seconds, self.loss, self.error = fit, {False: alone, True: replayed}, loss, error
-        self.peak, self.held = (lambda batch: peak), (lambda batch: held)
+        self.peak, self.reserved = (lambda batch: peak), (lambda batch: held)
 
     def __enter__(self):
         return self
@@ -95,16 +99,16 @@ def test_cuda_graphs_are_taken_where_they_pay_fit_and_agree(told, steps, replaye
         def __init__(self, layers, most_tokens, longest_row):
             made.append((len(layers), most_tokens, longest_row))
 
-        def remove(self):
+        def undo(self):
             made.append("removed")
 
-    monkeypatch.setattr(intern.memory.callback, "Probe", lambda trainer: Told(fit, **told))
-    monkeypatch.setattr(intern.memory.callback, "LayerGraphs", Graphs)
+    monkeypatch.setattr(intern.memory.measure, "Probe", lambda trainer: Told(fit, **told))
+    monkeypatch.setattr(intern.memory.apply, "LayerGraphs", Graphs)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     begin(fit, max_steps=steps)
     assert fit.plan.replayed == bool(replayed) and fit.plan.tokens == 9
     assert made == {True: [(4, 9, 9)], False: [(4, 9, 9), "removed"], None: []}[replayed]  # None: not even tried
-    assert MemoryPlan(**fit.run.read_json(fit.run.memory)) == fit.plan
+    assert read_plan(fit.run, layers=4) == fit.plan
     assert ("CUDA graphs" in str(fit.plan)) == bool(replayed)
     if replayed:
         fit.trainer.step_back()  # memory runs out in spite of it: the graphs are what goes first
@@ -152,7 +156,7 @@ def test_layers_with_a_loss_of_their_routers_keep_the_librarys_form(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("free", "is_long", "has_kernels", "once"),
+    ("free", "is_long", "has_frontend", "once"),
     [
         (2 * 2 * 4 * 2**20, True, True, True),  # twice two tensors for four layers, 700,000 bytes in 2**20 each
         (2 * 2 * 4 * 2**20 - 1, True, True, False),
@@ -160,19 +164,21 @@ def test_layers_with_a_loss_of_their_routers_keep_the_librarys_form(tmp_path):
         (GIB, True, False, False),  # another kernel's results are not kept
     ],
 )
-def test_results_of_attention_are_kept_where_the_host_has_room(free, is_long, has_kernels, once, tmp_path, monkeypatch):
+def test_results_of_attention_are_kept_where_the_host_has_room(
+    free, is_long, has_frontend, once, tmp_path, monkeypatch
+):
     model = LlamaModel(LlamaConfig(num_hidden_layers=4, hidden_size=100, num_attention_heads=2, vocab_size=10))
     rows = Dataset.from_dict(
         {"input_ids": [[1] * 5, [1] * 3500], "seq_lengths": [[5], [3500] if is_long else [1000, 2500]]}
     )
     fit = FitMemory(Run(tmp_path), every_layer=True)
     fit.trainer = trainer(model, arguments(), rows)
-    monkeypatch.setattr(intern.memory.callback, "available_memory", lambda: free)
-    monkeypatch.setattr(cudnn_attention, "has_kernels", lambda: has_kernels)
-    monkeypatch.setattr(isolated_attention, "_takes_cudnn", False)  # put back afterwards
+    monkeypatch.setattr(intern.memory.measure, "available_memory", lambda: free)
+    monkeypatch.setattr(cudnn_graphs, "has_cudnn_frontend", lambda: has_frontend)
+    monkeypatch.setattr(isolated_attention, "_uses_cudnn", False)  # put back afterwards
     begin(fit, max_steps=10**10)
-    assert fit.plan == MemoryPlan(4, 4, 0, 0, offloaded=True, attends_once=once, cudnn=has_kernels)
-    assert isolated_attention._takes_cudnn == has_kernels
+    assert fit.plan == MemoryPlan(4, 4, 0, 0, offloaded=True, attends_once=once, cudnn=has_frontend)
+    assert isolated_attention._uses_cudnn == has_frontend
     told = "their inputs and attention in host memory" if once else "their inputs in host memory"
     assert told in str(fit.plan)
     form = model.layers[0]._gradient_checkpointing_func
@@ -203,7 +209,7 @@ def test_the_plan_is_for_the_largest_batch_that_comes(padding_free, tmp_path):
     begin(fit, loader, max_steps=1)
     sizes = [[lengths[index] for index in batch] for batch in loader.batch_sampler]
     largest = max(sizes, key=sum if padding_free else max)
-    assert [len(row["input_ids"]) for row in fit._largest] == sorted(largest, reverse=True) != [9, 8]
+    assert [len(row["input_ids"]) for row in fit._batches.largest] == sorted(largest, reverse=True) != [9, 8]
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from intern.memory.plan import MemoryPlan, plan, smallest_change
+from intern.memory.plan import MemoryPlan, fewest_checkpointed_layers, smallest_change
 from intern.units import GIB
 
 
@@ -31,7 +31,7 @@ def memory(base, layer, budget, asked):
 )
 def test_as_many_layers_are_kept_as_fit_with_a_margin(base, layer, budget, kept):
     asked = []
-    made = plan(32, int(budget * GIB), memory(base, layer, budget, asked))
+    made = fewest_checkpointed_layers(32, int(budget * GIB), memory(base, layer, budget, asked))
     assert (made.layers - made.checkpointed) == kept
     assert made.peak <= budget * GIB
     assert len(asked) <= 6
@@ -41,7 +41,7 @@ def test_a_plan_that_does_not_hold_is_lowered_until_it_does():
     def peak_of(kept):  # each layer costs more than the first one showed
         return int((6 + 0.1 * kept + 0.02 * kept**2) * GIB)
 
-    made = plan(32, 14 * GIB, peak_of)
+    made = fewest_checkpointed_layers(32, 14 * GIB, peak_of)
     kept = made.layers - made.checkpointed
     assert peak_of(kept) <= 14 * GIB * 0.94 < peak_of(kept + 4)
     assert made.peak == peak_of(kept)
@@ -49,13 +49,13 @@ def test_a_plan_that_does_not_hold_is_lowered_until_it_does():
 
 def test_where_memory_is_plenty_one_try_is_enough():
     asked = []
-    assert plan(32, 80 * GIB, memory(6.0, 0.1, 80.0, asked)).checkpointed == 0
+    assert fewest_checkpointed_layers(32, 80 * GIB, memory(6.0, 0.1, 80.0, asked)).checkpointed == 0
     assert asked == [32]
 
 
 def test_what_never_fits_has_no_plan():
-    assert plan(32, 5 * GIB, lambda kept: None) is None
-    assert plan(32, 5 * GIB, lambda kept: int(4.9 * GIB)) is None  # nor what leaves no margin
+    assert fewest_checkpointed_layers(32, 5 * GIB, lambda kept: None) is None
+    assert fewest_checkpointed_layers(32, 5 * GIB, lambda kept: int(4.9 * GIB)) is None  # nor what leaves no margin
 
 
 ARGS = types.SimpleNamespace(gradient_accumulation_steps=2)

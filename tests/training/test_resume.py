@@ -141,13 +141,14 @@ def test_the_memory_plan_of_a_run_is_repeated_and_not_measured_again(tmp_path):
     from transformers import LlamaConfig, LlamaModel, TrainerState
 
     from intern.kernels.decoder_layers import decoder_layers
+    from intern.kernels.install import InstalledKernels
     from intern.memory.callback import FitMemory
 
     model = LlamaModel(LlamaConfig(num_hidden_layers=4, hidden_size=8, num_attention_heads=2, vocab_size=10))
     run = Run(tmp_path)
     run.write_json(run.memory, {"layers": 4, "checkpointed": 3, "peak": 5, "budget": 6})
     fit = FitMemory(run)
-    fit.trainer = type("Trainer", (), {"model": model})()  # the one thing of a trainer that a stored plan needs
+    fit.trainer = type("Trainer", (), {"model": model, "kernels": InstalledKernels()})()  # all that a stored plan needs
     args = types.SimpleNamespace(activation_checkpointing_kwargs=None)
     fit.on_train_begin(args, TrainerState(global_step=5, stateful_callbacks=[]), None, train_dataloader=None)
     assert [layer.gradient_checkpointing for layer in decoder_layers(model)] == [True, True, True, False]

@@ -18,12 +18,14 @@ from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainerControl, TrainerState, masking_utils
 from trl import SFTConfig, SFTTrainer
 
-import intern.memory.callback
+import intern.memory.apply
 from intern.errors import RunError
 from intern.kernels.rms_norm import gradient
+from intern.memory.apply import PlanApplier
+from intern.memory.batches import coming_batches
 from intern.memory.callback import FitMemory
 from intern.memory.plan import MemoryPlan
-from intern.memory.probe import Probe, coming_batches
+from intern.memory.probe import Probe
 from intern.model.base import Base
 from intern.model.precision import Precision
 from intern.runs.directory import Run
@@ -170,10 +172,9 @@ def trained_adapters(tmp_path, faults, callback=None, at="mlp", rows_of_batch=1,
         trainer.add_callback(callback)
     layer = trainer.model.get_base_model().model.layers[3]
     layer.get_submodule(at).register_forward_pre_hook(full)
-    siblings = layer.self_attn.k_proj.siblings
 
     def make_room():
-        assert not siblings._waiting  # nothing of the pass that failed is held
+        assert not layer.self_attn.k_proj.siblings._waiting  # nothing of the pass that failed is held
         room.append(len(passes))
 
     trainer.step_back = make_room
@@ -311,8 +312,8 @@ def test_a_step_that_was_only_tried_leaves_no_trace(tmp_path, monkeypatch):
 def test_every_form_of_the_memory_plan_trains_the_same_adapters(form, tmp_path, monkeypatch):
     plan = MemoryPlan(**{"layers": 4, "checkpointed": 4, "peak": 0, "budget": 0} | form)
     fit = FitMemory(Run(tmp_path))
-    monkeypatch.setattr(fit, "_measure", lambda args, state: fit._take(plan))
-    monkeypatch.setattr(intern.memory.callback, "_PIECE", 8)  # tokens: rows of 30 go in four pieces
+    monkeypatch.setattr(fit, "_measured", lambda chooser: plan)
+    monkeypatch.setattr(intern.memory.apply, "_TILE_TOKENS", 8)  # tokens: rows of 30 go in four pieces
     expected, _ = trained_adapters(tmp_path, ())
     found, _ = trained_adapters(tmp_path, (), fit)
     assert fit.plan == plan
@@ -325,14 +326,14 @@ def test_every_form_of_the_memory_plan_trains_the_same_adapters(form, tmp_path, 
 
 def test_as_many_layers_recompute_as_a_batch_demands(tmp_path, monkeypatch):
     fit = FitMemory(Run(tmp_path))
-    monkeypatch.setattr(fit, "_measure", lambda args, state: fit._take(MemoryPlan(4, 3, 0, 0, tokens=120)))
-    seen, prepare = [], fit.fit
+    monkeypatch.setattr(fit, "_measured", lambda chooser: MemoryPlan(4, 3, 0, 0, tokens=120))
+    seen, select = [], PlanApplier.select_checkpointed_layers
 
-    def prepared(tokens):
-        prepare(tokens)
-        seen.append((tokens, sum(layer.gradient_checkpointing for layer in fit._layers)))
+    def selected(applier, tokens):
+        select(applier, tokens)
+        seen.append((tokens, sum(layer.gradient_checkpointing for layer in applier.layers)))
 
-    monkeypatch.setattr(fit, "fit", prepared)
+    monkeypatch.setattr(PlanApplier, "select_checkpointed_layers", selected)
     expected, _ = trained_adapters(tmp_path, (), rows_of_batch=4)
     found, _ = trained_adapters(tmp_path, (), fit, rows_of_batch=4)
     assert seen == [(120, 3)] + 3 * [(120, 3), (60, 2)]  # when the plan is taken, and each batch of three epochs
