@@ -144,7 +144,7 @@ def passed(model, x):
     return [out, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-def tiny_trainer(path, quantized=True, dropout=0.0, callbacks=(), **more):
+def tiny_trainer(path, quantized=True, dropout=0.0, targets=("q_proj", "v_proj"), callbacks=(), **more):
     """Our trainer of the tiny base on six rows of 30 tokens, loss on the last ten; three optimizer steps, nothing saved."""
     from datasets import Dataset
     from omegaconf import OmegaConf
@@ -180,7 +180,7 @@ def tiny_trainer(path, quantized=True, dropout=0.0, callbacks=(), **more):
         args=args,
         train_dataset=Dataset.from_dict({"input_ids": ids, "labels": labels}),
         processing_class=base.tokenizer(),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], lora_dropout=dropout),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=list(targets), lora_dropout=dropout),
         callbacks=list(callbacks),
     )
     for callback in callbacks:

@@ -53,7 +53,7 @@ class PlanApplier:
         if plan.offloaded and not (now and now.offloaded):
             self._undo.append(offload_inputs(self.layers, self.draws, plan.attends_once).undo)
         if plan.tiled and not (now and now.tiled):
-            self._undo.append(tile_mlps(self.layers, _TILE_TOKENS).undo)
+            self._undo.append(tile_mlps(self.layers, _TILE_TOKENS, self.draws).undo)
         if plan.unpacked != (now.unpacked if now else 0):
             pack_weights(self.model)
             plan = replace(plan, unpacked=unpack_weights(self.model, plan.unpacked))

@@ -59,7 +59,8 @@ def test_nothing_is_left_of_kernels_and_memory_plan_when_training_ends_or_fails(
             trainer.train()
     else:
         look.on_train_end = lambda *_, **__: weights.extend(
-            weight.unpacked for weight in trainer.model.base_model.model.model.layers[0].self_attn.k_proj.siblings.weights
+            weight.unpacked
+            for weight in trainer.model.base_model.model.model.layers[0].self_attn.k_proj.siblings.weights
         )
         trainer.train()
         assert weights == [None] * 3  # what it held is free before anything is scored

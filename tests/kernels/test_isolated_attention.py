@@ -17,7 +17,6 @@ from intern.kernels.isolated_attention import DISABLE_FLASH_ATTENTION, isolated_
 from intern.kernels.recompute import offload_inputs
 from intern.model.base import Base
 
-_IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 LENGTHS = (7, 33, 1, 18, 50)
 
 
@@ -121,8 +120,31 @@ def test_numbers_that_autocast_left_wide_are_narrowed():
 
 
 def test_no_mask_is_made_for_a_packed_batch(model, device, monkeypatch):
+    masks = []
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        for layer in decoder_layers(model)
+    ]
     monkeypatch.setattr(intern.kernels.isolated_attention, "sdpa_mask", lambda **kwargs: pytest.fail("a mask was made"))
-    logits(model, packed(rows(), device))
+    try:
+        logits(model, packed(rows(), device))
+        assert masks == [None] * len(hooks)
+        monkeypatch.undo()
+        masks.clear()
+        padded = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], device=device)
+        model(input_ids=padded + 10, attention_mask=padded)
+        assert len(masks) == len(hooks) and all(isinstance(mask, torch.Tensor) for mask in masks)
+        # The same pack with the library's own attention: there a mask keeps the rows apart.
+        masks.clear()
+        twin = copy.deepcopy(model)
+        twin.set_attn_implementation("sdpa")
+        logits(twin, packed(rows(), device))
+        assert len(masks) == len(hooks) and all(isinstance(mask, torch.Tensor) for mask in masks)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def test_padded_batches_and_generation_are_transformers_own(model, device):
@@ -228,7 +250,42 @@ def test_a_build_pays_in_long_runs_and_sooner_with_long_rows():
     assert cudnn_attention.pays(400_000, 40, **llama)
     assert cudnn_attention.pays(16_000_000, 40_000, **llama)
     assert not cudnn_attention.pays(16_000_000, 40_000, layers=4, width=256)
-    assert not cudnn_graphs.has_cudnn_frontend() or _IS_HOPPER
+
+
+@pytest.mark.parametrize("missing", [None, "Hopper", "permission", "frontend"])
+def test_cudnn_is_used_on_hopper_with_its_frontend_and_unless_it_is_disabled(missing, monkeypatch):
+    monkeypatch.setattr(cudnn_graphs, "is_hopper", lambda: missing != "Hopper")
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: missing != "permission")
+    monkeypatch.setattr(cudnn_graphs, "_library", lambda: None if missing == "frontend" else object())
+    assert cudnn_graphs.has_cudnn_frontend() == (missing is None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    heads = torch.zeros(3, 2, 64, dtype=torch.bfloat16)
+    assert cudnn_attention.is_possible(heads, heads) == (missing is None)
+    assert not cudnn_attention.is_possible(heads.float(), heads.float())
+
+
+def test_kernels_that_are_kept_are_bounded():
+    """Each holds memory, and the process of a sweep trains on rows of many lengths."""
+    for build in (cudnn_graphs.forward_graph, cudnn_graphs.backward_graph, cudnn_graphs.is_built):
+        assert build.cache_info().maxsize == cudnn_graphs._BUILDS
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "disabled", "has_flash"),
+    [
+        ((8, 0), torch.bfloat16, "", True),
+        ((9, 0), torch.float16, "0", True),
+        ((7, 5), torch.float16, "", False),
+        ((8, 0), torch.float32, "", False),
+        ((9, 0), torch.float16, "1", False),
+    ],
+)
+def test_flash_attention_needs_16_bits_and_a_newer_gpu_and_can_be_disabled(
+    capability, dtype, disabled, has_flash, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setenv(DISABLE_FLASH_ATTENTION, disabled)
+    assert intern.kernels.isolated_attention.has_flash_attention(torch.zeros(1, dtype=dtype)) == has_flash
 
 
 def test_rows_attend_once_where_layers_keep_results(fake_cudnn, monkeypatch):

@@ -1,4 +1,4 @@
-"""The plan is measured and put into effect: on a GPU that behaves as told, and on a real one."""
+"""The memory plan is measured, applied, stored and undone: on a simulated GPU, and on a real one."""
 
 import types
 
@@ -6,13 +6,15 @@ import pytest
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
+from helpers import adapters, tiny_trainer
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import LlamaConfig, LlamaModel, TrainerState
 
 import intern.memory.apply
 import intern.memory.measure
 from intern.errors import RunError
-from intern.kernels import cudnn_graphs, isolated_attention
+from intern.kernels import cudnn_attention, cudnn_graphs, isolated_attention
+from intern.kernels.decoder_layers import decoder_layers
 from intern.kernels.install import InstalledKernels
 from intern.memory.batches import largest
 from intern.memory.callback import FitMemory
@@ -210,6 +212,62 @@ def test_the_plan_is_for_the_largest_batch_that_comes(padding_free, tmp_path):
     sizes = [[lengths[index] for index in batch] for batch in loader.batch_sampler]
     largest = max(sizes, key=sum if padding_free else max)
     assert [len(row["input_ids"]) for row in fit._batches.largest] == sorted(largest, reverse=True) != [9, 8]
+
+
+@pytest.mark.parametrize("form", [{}, {"offloaded": True}, {"offloaded": True, "tiled": True}])
+def test_a_layer_with_dropout_draws_the_same_again_when_it_recomputes(form, tmp_path, monkeypatch):
+    """Otherwise gradients belong to another network than the loss, and nothing says so."""
+    monkeypatch.setattr(intern.memory.apply, "_TILE_TOKENS", 8)
+
+    def trained(checkpointed):
+        fit = FitMemory(Run(tmp_path))
+        monkeypatch.setattr(fit, "_measured", lambda chooser: MemoryPlan(4, checkpointed, 0, 0, **form))
+        targets = ("q_proj", "v_proj", "gate_proj", "down_proj")
+        # SGD: what a wrong gradient changes shows at its full size.
+        model = tiny_trainer(tmp_path, True, 0.5, targets, [fit], optim="sgd", learning_rate=1.0)
+        passes = []
+        decoder_layers(model.model)[0].mlp.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+        model.train()
+        assert (
+            passes == ([False, True] if checkpointed else [True]) * 3
+        )  # each of three steps computes it again, or not
+        return adapters(model)
+
+    found = trained(checkpointed=4)
+    for name, expected in trained(checkpointed=0).items():
+        torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_cudnns_attention_ends_with_training(tmp_path, monkeypatch):
+    model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10))
+    fit = FitMemory(Run(tmp_path), every_layer=True)
+    fit.trainer = trainer(model, arguments(), Dataset.from_dict({"input_ids": [[1] * 5]}))
+    monkeypatch.setattr(cudnn_graphs, "has_cudnn_frontend", lambda: True)
+    monkeypatch.setattr(isolated_attention, "_uses_cudnn", False)  # restored afterwards
+    begin(fit, max_steps=10**10)
+    assert isolated_attention._uses_cudnn
+    cudnn_attention._offsets(
+        torch.tensor([0, 3, 5]), cudnn_graphs.AttentionSizes(8, 5, 4, 1, 1, 8, None, 1.0, False, 0)
+    )
+    fit.on_train_end(None, None, None)
+    assert not isolated_attention._uses_cudnn and fit.plan.cudnn
+    assert not cudnn_attention._last_offsets  # they are in GPU memory
+
+
+def test_a_plan_that_was_not_measured_is_repeated_too(tmp_path, monkeypatch):
+    """cuDNN's attention pays in a long run; it must not change because few steps are left after a resume."""
+    monkeypatch.setattr(cudnn_graphs, "has_cudnn_frontend", lambda: True)
+    monkeypatch.setattr(isolated_attention, "_uses_cudnn", False)  # restored afterwards
+
+    def plan(**state):
+        model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10))
+        fit = FitMemory(Run(tmp_path), every_layer=True)
+        fit.trainer = trainer(model, arguments(), Dataset.from_dict({"input_ids": [[1] * 5]}))
+        begin(fit, **state)
+        return fit.plan
+
+    first = plan(max_steps=10**10)
+    assert first.cudnn and plan(max_steps=10**10, global_step=10**10 - 1) == first
 
 
 @pytest.mark.gpu

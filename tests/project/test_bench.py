@@ -4,13 +4,19 @@ import gc
 import importlib.util
 import json
 import math
+import os
+import runpy
 import subprocess
 import sys
+import types
 import weakref
 
 import bitsandbytes as bnb
+import pytest
 import torch
 from helpers import ROOT
+
+from intern.kernels.isolated_attention import DISABLE_FLASH_ATTENTION, has_flash_attention
 
 BRIEF = ["--precision", "fp32", "--warmup", "1", "--length", "160"]
 
@@ -61,3 +67,24 @@ def test_in_one_process_no_setting_holds_what_the_optimizer_of_another_has_noted
     script.measure_here("unsloth", None)
     gc.collect()
     assert noted[0]() is None
+
+
+def test_an_imitated_t4_has_its_memory_and_no_flash_attention(monkeypatch):
+    fractions, switched_off = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = types.SimpleNamespace(total_memory=147 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    for name in ("enable_flash_sdp", "enable_cudnn_sdp"):
+        monkeypatch.setattr(torch.backends.cuda, name, lambda wanted, name=name: switched_off.append((name, wanted)))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    half = torch.zeros(1, dtype=torch.float16)
+    assert has_flash_attention(half)
+    runpy.run_path(str(ROOT / "scripts" / "imitate_t4" / "sitecustomize.py"))
+    assert not has_flash_attention(half)
+    assert os.environ[DISABLE_FLASH_ATTENTION] == "1"  # processes that it starts have it too
+    assert fractions == [pytest.approx(0.1)] and switched_off == [
+        ("enable_flash_sdp", False),
+        ("enable_cudnn_sdp", False),
+    ]

@@ -11,7 +11,9 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import trl.trainer.utils
+from accelerate.data_loader import DataLoaderShard
 from datasets import Dataset
+from helpers import tiny_trainer
 from omegaconf import OmegaConf
 from peft import LoraConfig
 from torch.utils.data import DataLoader
@@ -277,6 +279,24 @@ def test_batches_are_known_before_they_come(tmp_path):
     assert len({tuple(batch) for batch in foretelling.known}) == 6  # three epochs, in an order of their own each
     assert all(torch.equal(found[name], expected[name]) for name in expected)  # to look ahead changes nothing
     assert list(coming_batches(DataLoader(range(4), batch_size=2, shuffle=True), 6)) == []  # drawn when asked for
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_the_next_batch_is_copied_while_the_gpu_computes_if_its_memory_is_pinned(pinned, tmp_path, monkeypatch):
+    seen, prepare, check = [], DataLoaderShard.__init__, SFTConfig.__post_init__
+
+    def checked(args):
+        check(args)
+        args.dataloader_pin_memory = pinned  # with use_cpu the library would set False
+
+    def prepared(loader, *given, **more):
+        seen.append(more.get("_non_blocking"))
+        prepare(loader, *given, **more)
+
+    monkeypatch.setattr(DataLoaderShard, "__init__", prepared)
+    monkeypatch.setattr(SFTConfig, "__post_init__", checked)
+    tiny_trainer(tmp_path).train()
+    assert seen and set(seen) == {pinned}
 
 
 class Probing(TrainerCallback):
