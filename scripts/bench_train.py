@@ -1,15 +1,16 @@
 """python scripts/bench_train.py CHECKPOINT --precision fp16 --cap 14.7
 
-Training speed and memory of this project beside the plain TRL recipe and, where it can be imported, Unsloth: the same checkpoint, rows,
-LoRA shape and memory cap, each system in a process of its own. Prints one table; --json keeps every figure and the losses of all steps.
+Measures training speed and memory of this project next to the plain TRL recipe and, if it can be imported, Unsloth: the same checkpoint,
+rows, LoRA shape and memory cap, each system in its own process. Prints one table; --json stores every metric and the losses of all steps.
+One file of more than 300 lines, so that it can be copied into an environment that has Unsloth but not this project.
 
 A setting is SYSTEM and flags, such as ours:pack:auto:liger, trl:batch=8:ckpt or unsloth:pack. Systems: ours, trl, unsloth. Flags:
 batch=N, pack, ckpt (every layer checkpointed; ours and Unsloth's keep the layers' inputs in host memory), auto (ours: as many layers as
-the memory demands, measured), eager (ours: no CUDA graphs), liger (ours: Triton layers), cache=FOLDER (ours: the quantized base is kept
-there, and read from there the second time), optim=NAME (transformers' name, paged_adamw_8bit by default), length=N, rank=N and full
-(every row has that length), where a setting differs from --length, --rank and --full-rows.
+the memory requires, measured), eager (ours: no CUDA graphs), liger (ours: Triton layers), cache=FOLDER (ours: the quantized base is
+stored there, and read from there the second time), optim=NAME (transformers' name, paged_adamw_8bit by default), length=N, rank=N and
+full (every row has that length), if a setting differs from --length, --rank and --full-rows.
 
-With --one-process, where imports are no part of a setting's first step, the plot shows what a step costs:
+With --one-process, the first step of a setting does not include imports, and the plot shows what a step costs:
 
     python scripts/bench_train.py CHECKPOINT --one-process --steps 6 --warmup 2 --plot cost.png \\
         ours:auto:liger:full:length=512 ours:auto:liger:full:length=2048 ours:auto:liger:full:batch=8:rank=64
@@ -32,7 +33,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the project, where it is not installed
+sys.path.insert(0, str(ROOT))  # the project, if it is not installed
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 _LONG_RUN = 1000  # optimizer steps
@@ -54,7 +55,13 @@ def random_rows(
 
 
 def train(setting: str, args: argparse.Namespace, started: float) -> dict[str, Any]:
-    """One setting, measured; `started` is the time from which its first step counts."""
+    """Measure one setting.
+
+    Args:
+        setting: SYSTEM and flags.
+        args: of the command line.
+        started: time (seconds since the epoch) from which its first step counts.
+    """
     system, *flags = setting.split(":")
     packing, checkpointing = "pack" in flags, "ckpt" in flags
     named = dict(flag.split("=", 1) for flag in flags if "=" in flag)
@@ -80,7 +87,7 @@ def train(setting: str, args: argparse.Namespace, started: float) -> dict[str, A
         )
 
     class Clock(TrainerCallback):
-        """When the first step, the last warm one and the last one ended; in between nothing waits for the GPU on the clock's account."""
+        """Notes when the first step, the last warm-up step and the last step ended; between them the clock does not wait for the GPU."""
 
         def __init__(self) -> None:
             self.ends: dict[int, float] = {}
@@ -88,7 +95,7 @@ def train(setting: str, args: argparse.Namespace, started: float) -> dict[str, A
             self.marks: list[Any] = []
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if on_gpu:  # a mark on the GPU's own time line, read after the last step
+            if on_gpu:  # an event in the GPU's stream, read after the last step
                 self.marks.append(torch.cuda.Event(enable_timing=True))
                 self.marks[-1].record()
             else:
@@ -99,7 +106,7 @@ def train(setting: str, args: argparse.Namespace, started: float) -> dict[str, A
                 self.ends[state.global_step] = time.time()
 
         def milliseconds(self) -> list[int]:
-            """What each step took, from the second one on."""
+            """Return the duration of each step, from the second one on."""
             pairs = itertools.pairwise(self.marks)
             return [round(a.elapsed_time(b) if on_gpu else 1000 * (b - a)) for a, b in pairs]
 
@@ -153,18 +160,18 @@ def train(setting: str, args: argparse.Namespace, started: float) -> dict[str, A
         return compute_loss(model, inputs, *rest, **kwargs)
 
     trainer.compute_loss = counted
-    if memory is not None:  # the probes before the first step are no steps
+    if memory is not None:  # the probes before the first step are not steps
         begin = memory.on_train_begin
 
         def forgetful(given: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-            steps, state.max_steps = state.max_steps, _LONG_RUN  # what pays in a run, not in these few steps
+            steps, state.max_steps = state.max_steps, _LONG_RUN  # what pays in a long run, not in these few steps
             begin(given, state, *rest, **kwargs)
             state.max_steps = steps
             seen.clear()
 
         memory.on_train_begin = forgetful  # type: ignore[method-assign,assignment]
     trainer.train()
-    # The memory of CUDA graphs counts as reserved only, so for them the peak is all that the process holds.
+    # The memory of CUDA graphs counts only as reserved, so with them the peak is all that the process holds.
     replayed = memory is not None and memory.plan is not None and memory.plan.replayed
     peak = torch.cuda.max_memory_reserved() if replayed else torch.cuda.max_memory_allocated()
     seconds = clock.ends[args.steps] - clock.ends[warm]
@@ -272,7 +279,7 @@ def _quantization(dtype: Any) -> dict[str, Any]:
 
 
 def measure(setting: str, arguments: list[str], site: str | None) -> dict[str, Any]:
-    """Runs one setting in a new process; a setting that fails gives its last error line."""
+    """Run one setting in a new process; one that fails returns its last error line."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "WANDB_MODE": "disabled"}
     if setting.startswith("unsloth") and site:
         environment["PYTHONPATH"] = site
@@ -286,23 +293,23 @@ def measure(setting: str, arguments: list[str], site: str | None) -> dict[str, A
 
 
 def measure_here(setting: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Runs one setting in this process: without the time for imports, and with what settings before it have warmed."""
+    """Run one setting in this process: without the time for imports, and with the caches of earlier settings warm."""
     try:
         return train(setting, args, time.time())
-    except Exception as error:  # the settings after it are worth measuring
+    except Exception as error:  # the other settings are still worth measuring
         return {"setting": setting, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:120]}
     finally:
         import torch
 
         from intern.upstream import forget_optimizers
 
-        forget_optimizers()  # a peer's too: the next setting would have 1 GiB less
+        forget_optimizers()  # also a peer's: the next setting would have 1 GiB less
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def plot(results: list[dict[str, Any]], target: Path, cost: bool) -> None:
-    """Tokens/s against peak GPU memory, or, for `cost`, seconds against tokens of a step; settings that failed are left out."""
+    """Plot tokens/s against peak GPU memory or, for `cost`, seconds against tokens per step; failed settings are left out."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
@@ -319,7 +326,7 @@ def _plot_memory(axes: Any, points: list[dict[str, Any]]) -> None:
     for one in points:
         x, y = one["peak_gib"] or 0, one["tokens_per_second"]
         axes.plot(x, y, "o", color=colors[one["setting"].split(":")[0]], markersize=8)
-        shift, side = ((-7, 4), "right") if x > most / 2 else ((7, 4), "left")  # the name lies inside the picture
+        shift, side = ((-7, 4), "right") if x > most / 2 else ((7, 4), "left")  # the name must be inside the picture
         axes.annotate(one["setting"], (x, y), xytext=shift, textcoords="offset points", fontsize=8, ha=side)
     axes.set_xlabel("peak GPU memory (GiB)")
     axes.set_ylabel("tokens/s")
@@ -328,10 +335,10 @@ def _plot_memory(axes: Any, points: list[dict[str, Any]]) -> None:
 
 
 def _plot_cost(axes: Any, points: list[dict[str, Any]]) -> None:
-    """Both axes logarithmic: where the cost grows as the tokens do, points lie along the grey lines."""
+    """Both axes are logarithmic: points along the grey lines have a cost that is proportional to their tokens."""
     from matplotlib.ticker import FuncFormatter
 
-    series: dict[str, list[tuple[int, float]]] = {}  # settings that differ in the length of their rows alone
+    series: dict[str, list[tuple[int, float]]] = {}  # settings that differ only in the length of their rows
     for one in points:
         flags = [flag for flag in one["setting"].split(":") if not flag.startswith("length=")]
         series.setdefault(":".join(flags), []).append((one["tokens_per_step"], one["step_seconds"]))
@@ -342,8 +349,8 @@ def _plot_cost(axes: Any, points: list[dict[str, Any]]) -> None:
     for each in (min(y / x for x, y in every), max(y / x for x, y in every)):
         axes.loglog([least, most], [each * least, each * most], color="#bbbbbb", linewidth=1, zorder=0)
     axes.set_xticks(sorted({x for x, _ in every}))
-    axes.set_xlabel("tokens of a step")
-    axes.set_ylabel("seconds of a step")
+    axes.set_xlabel("tokens per step")
+    axes.set_ylabel("seconds per step")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
@@ -357,23 +364,23 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"], default="bf16")
     parser.add_argument("--cap", type=float, default=0, help="GiB of GPU memory that a process may take (a T4: 14.7)")
     parser.add_argument("--t4", action="store_true", help="no flash or cuDNN attention, which a T4 does not have")
-    parser.add_argument("--length", type=int, default=2048, help="most tokens of a row, and of a pack")
+    parser.add_argument("--length", type=int, default=2048, help="maximum tokens of a row, and of a pack")
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--full-rows", action="store_true", help="every row has --length tokens")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--all-linear", action="store_true", help="adapters on the MLP's layers too")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--warmup", type=int, default=3, help="first steps that do not count")
+    parser.add_argument("--warmup", type=int, default=3, help="steps at the beginning that do not count")
     parser.add_argument("--logging-steps", type=int, default=5)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument(
-        "--unsloth-site", help="PYTHONPATH of Unsloth's process, where it needs other versions of the libraries"
+        "--unsloth-site", help="PYTHONPATH of Unsloth's process, if it needs other versions of the libraries"
     )
-    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--json", type=Path, help="file for all metrics")
     parser.add_argument(
         "--plot",
         type=Path,
-        help="PNG: tokens/s against peak memory, a point for each setting; with --one-process: seconds against tokens of a step",
+        help="PNG: tokens/s against peak memory, one point per setting; with --one-process: seconds against tokens per step",
     )
     parser.add_argument("--one-process", action="store_true", help="all settings in this process, one after the other")
     parser.add_argument("--only", help=argparse.SUPPRESS)
@@ -387,12 +394,12 @@ def main() -> None:
         here = args.one_process
         results.append(measure_here(setting, args) if here else measure(setting, given, args.unsloth_site))
         print(f"{setting}: {results[-1].get('error') or results[-1]['tokens_per_second']}", file=sys.stderr, flush=True)
-        if args.json:  # after each: what is measured is kept, whatever happens to the next one
+        if args.json:  # after each setting: its metrics are stored even if the next one kills the process
             args.json.write_text(json.dumps(results, indent=1))
     if args.plot:
         plot(results, args.plot, cost=args.one_process)
     print(
-        "| setting | tokens/s | tokens a step | seconds a step | peak GiB | reserved GiB | first step after s | layers checkpointed | mean loss |\n"
+        "| setting | tokens/s | tokens per step | seconds per step | peak GiB | reserved GiB | first step after s | layers checkpointed | mean loss |\n"
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
     for one in results:

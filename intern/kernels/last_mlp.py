@@ -83,7 +83,8 @@ class ScoredOnly:
             if not mlp.training or hidden.shape[:-1] != self._size or not len(self._positions) or args or kwargs:
                 return whole(hidden, *args, **kwargs)
             flat = hidden.flatten(0, 1)  # (batch * tokens, hidden)
-            out = whole(flat[self._positions].unsqueeze(0))  # (1, scored positions, hidden)
+            # index_select: its gradient is an addition by index; that of flat[positions] would sort the positions first.
+            out = whole(flat.index_select(0, self._positions).unsqueeze(0))  # (1, scored positions, hidden)
             if not isinstance(
                 out, torch.Tensor
             ):  # a mixture of experts also returns its router's scores, of all positions

@@ -1,4 +1,4 @@
-"""Layers that were recorded once: the same losses and gradients as layers that compute by themselves, whatever the rows' lengths.
+"""Recorded layers have the same losses and gradients as layers that are not recorded, for rows of any length.
 
 A CPU has no CUDA graphs: here "replaying" calls the recorded work again, on the same memory. The test at the end needs a GPU.
 """
@@ -60,7 +60,7 @@ def graphed(model, most=104, longest=100):
 
     def again(forward, backward):
         calls.append((forward, backward))
-        forward()  # CUDA graphs do so too before they record: it must leave no trace
+        forward()  # as before recording CUDA graphs: it must leave no trace
         backward()
         return forward, backward
 
@@ -68,7 +68,7 @@ def graphed(model, most=104, longest=100):
 
 
 def losses_and_gradients(model, batches):
-    """Of two optimizer steps with all batches each: gradients add up inside a step and start anew after it."""
+    """Of two optimizer steps on all batches: gradients add up within a step and start again at zero after it."""
     found = []
     for _ in range(2):
         model.zero_grad()
@@ -86,7 +86,7 @@ def same(mine, others, **limits):
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("checkpointed", [0, 2])
-def test_losses_and_gradients_are_those_of_the_layers_alone(packed, checkpointed):
+def test_losses_and_gradients_are_those_of_layers_that_are_not_recorded(packed, checkpointed):
     batches = [batch(lengths, packed=packed) for lengths in PACKS]
     model = adapted()
     expected = losses_and_gradients(model, batches)
@@ -96,42 +96,44 @@ def test_losses_and_gradients_are_those_of_the_layers_alone(packed, checkpointed
             layer.gradient_checkpointing = index < checkpointed
     graphs, calls = graphed(model)
     assert same(losses_and_gradients(model, batches), expected, atol=1e-6)
-    # 100 and 95 tokens fill up to 104 or 128, 7 to 64; ten rows and the filling want another number of boundaries than three.
+    # 100 and 95 tokens are padded to 104 or 128, 7 to 64; ten rows and the padding need more boundaries than three rows.
     assert len(calls) == (3 if packed else 2)
     graphs.undo()
     assert same(losses_and_gradients(model, batches), expected, atol=1e-6)
     assert len(calls) == (3 if packed else 2)
 
 
-def test_what_stands_behind_a_row_changes_nothing():
+def test_what_is_after_a_row_changes_nothing():
     model = adapted()
     graphed(model)
     first = model(**batch([7])).loss
     first.backward()
-    model(**batch([60])).loss.backward()  # the same shape, and it leaves its rows there
+    model(**batch([60])).loss.backward()  # the same shape: its tokens stay in the buffers
     assert torch.equal(model(**batch([7])).loss, first)
 
 
-def test_no_row_is_longer_than_the_kernels_are_told():
+def test_no_row_is_longer_than_the_length_that_kernels_receive():
     model = adapted()
-    told = []
-    graphed(model, most=800, longest=50)  # lengths in steps of 128: the filling is one more row, of up to 127 tokens
+    received = []
+    graphed(model, most=800, longest=50)  # lengths in steps of 128: the padding is one more row, of up to 127 tokens
     layers(model)[1].self_attn.register_forward_pre_hook(
-        lambda module, args, given: told.append((given["cu_seq_lens_q"].diff().max().item(), given["max_length_q"])),
+        lambda module, args, given: received.append(
+            (given["cu_seq_lens_q"].diff().max().item(), given["max_length_q"])
+        ),
         with_kwargs=True,
     )
     model(**batch([50, 50, 30])).loss.backward()
-    assert told == [(126, 128)] * 2
+    assert received == [(126, 128)] * 2
 
 
-def test_gradients_from_elsewhere_are_kept():
+def test_gradients_from_other_passes_are_kept():
     batches = [batch([30]), batch([20])]
     model = adapted()
     expected = losses_and_gradients(model, batches)[:]
     graphed(model)
     model.zero_grad()
     for layer in layers(model):
-        layer.training = False  # the first batch goes through the layers alone
+        layer.training = False  # the first batch is not replayed
     model(**batches[0]).loss.backward()
     model.train()
     model(**batches[1]).loss.backward()
@@ -140,7 +142,7 @@ def test_gradients_from_elsewhere_are_kept():
 
 
 @pytest.mark.parametrize("case", ["evaluation", "no gradient", "long row", "padding", "too many tokens", "open"])
-def test_every_other_pass_is_the_layers_own(case):
+def test_every_other_pass_is_not_replayed(case):
     model = adapted()
     rows = batch([40]) if case != "padding" else batch([40], packed=False)
     if case == "padding":
@@ -166,7 +168,7 @@ def test_every_other_pass_is_the_layers_own(case):
 
 
 @pytest.mark.parametrize("case", ["alike", "a layer says so", "only the configuration says so"])
-def test_layers_that_differ_are_known(case):
+def test_layers_that_differ_are_recognized(case):
     model = adapted()
     if case == "a layer says so":
         layers(model)[3].attention_type = "sliding_attention"

@@ -1,4 +1,4 @@
-"""Packed rows never see each other: the isolated attention against every row alone."""
+"""Packed rows never see each other: isolated attention compared with each row on its own."""
 
 import copy
 import itertools
@@ -56,7 +56,7 @@ def close(model):
     return {"atol": 1e-4, "rtol": 1e-4} if model.dtype == torch.float32 else {"atol": 0.15, "rtol": 0.05}
 
 
-def test_a_packed_row_has_the_logits_it_has_alone(model, device):
+def test_a_packed_row_has_the_logits_that_it_has_on_its_own(model, device):
     together = logits(model, packed(rows(), device))[0].split(LENGTHS)
     for row, ours in zip(rows(), together, strict=True):
         alone = model(input_ids=torch.tensor([row["input_ids"]], device=device)).logits.float()[0]
@@ -108,8 +108,8 @@ def test_a_changed_row_never_changes_its_neighbours(model, device):
     ]
 
 
-def test_numbers_that_autocast_left_wide_are_narrowed():
-    """In a float32 model the rotation gives float32 queries and keys, and the values stay as autocast made them."""
+def test_queries_and_keys_that_autocast_left_in_float32_are_cast_to_the_dtype_of_the_values():
+    """In a float32 model rotary embeddings return float32 queries and keys, while the values have autocast's dtype."""
     query, key, value = (torch.randn(1, 2, 5, 8) for _ in range(3))
     boundaries = torch.tensor([0, 2, 5], dtype=torch.int32)
     packed_rows = {"cu_seq_lens_q": boundaries, "max_length_q": 3}
@@ -157,12 +157,12 @@ def test_padded_batches_and_generation_are_transformers_own(model, device):
     assert torch.equal(
         model(input_ids=ids, attention_mask=mask).logits, reference(input_ids=ids, attention_mask=mask).logits
     )
-    asked = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
-    assert torch.equal(model.generate(**asked), reference.generate(**asked))
+    arguments = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
+    assert torch.equal(model.generate(**arguments), reference.generate(**arguments))
 
 
 class _Graph:
-    """Stands for one of cuDNN's kernels: the same sizes and lists, computed row by row."""
+    """Replaces one of cuDNN's kernels: the same sizes and offsets, computed row by row."""
 
     def __init__(self, calls, sizes, is_backward):
         self.calls, self.sizes, self.is_backward = calls, sizes, is_backward
@@ -200,7 +200,7 @@ class _Graph:
 
 @pytest.fixture
 def fake_cudnn(monkeypatch):
-    """The calls of kernels that CPUs do not have, in their place."""
+    """Replace kernels that CPUs do not have, and return the list of their calls."""
     calls = []
     monkeypatch.setattr(cudnn_attention, "is_built", lambda sizes: True)
     monkeypatch.setattr(cudnn_attention, "forward_graph", lambda sizes: _Graph(calls, sizes, False))
@@ -210,7 +210,7 @@ def fake_cudnn(monkeypatch):
 
 @pytest.mark.parametrize("lengths", [[5, 1, 9, 3], [40], [3] * 30 + [60]])
 @pytest.mark.parametrize("turns", [1, 2, 4])
-def test_cudnn_is_told_where_rows_begin_and_which_heads_are_whose(lengths, turns, fake_cudnn, monkeypatch):
+def test_cudnn_receives_the_offsets_of_rows_and_the_heads_of_each_turn(lengths, turns, fake_cudnn, monkeypatch):
     tokens, heads, key_heads, size = sum(lengths), 8, 4, 16
     boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     torch.manual_seed(0)
@@ -236,7 +236,7 @@ def test_cudnn_is_told_where_rows_begin_and_which_heads_are_whose(lengths, turns
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
 
 
-def test_a_kernel_serves_batches_of_like_size():
+def test_batches_of_similar_size_share_a_kernel():
     rounded = cudnn_graphs._rounded
     assert [rounded(count, 2) for count in (1, 2, 3, 1360, 2048, 2049)] == [1, 2, 4, 2048, 2048, 4096]
     assert [rounded(count, 8) for count in (1, 2, 8, 9, 45, 64, 65)] == [1, 8, 8, 64, 64, 64, 512]
@@ -244,7 +244,7 @@ def test_a_kernel_serves_batches_of_like_size():
     assert all(count <= rounded(count, 2, 8) <= count * 9 / 8 for count in range(1, 3000))
 
 
-def test_a_build_pays_in_long_runs_and_sooner_with_long_rows():
+def test_building_cudnns_kernels_pays_in_long_runs_and_earlier_with_long_rows():
     llama = {"layers": 32, "width": 4096}
     assert not cudnn_attention.pays(400_000, 1000, **llama)
     assert cudnn_attention.pays(400_000, 40, **llama)
@@ -264,7 +264,7 @@ def test_cudnn_is_used_on_hopper_with_its_frontend_and_unless_it_is_disabled(mis
     assert not cudnn_attention.is_possible(heads.float(), heads.float())
 
 
-def test_kernels_that_are_kept_are_bounded():
+def test_the_number_of_cached_kernels_is_bounded():
     """Each holds memory, and the process of a sweep trains on rows of many lengths."""
     for build in (cudnn_graphs.forward_graph, cudnn_graphs.backward_graph, cudnn_graphs.is_built):
         assert build.cache_info().maxsize == cudnn_graphs._BUILDS
@@ -288,7 +288,7 @@ def test_flash_attention_needs_16_bits_and_a_newer_gpu_and_can_be_disabled(
     assert intern.kernels.isolated_attention.has_flash_attention(torch.zeros(1, dtype=dtype)) == has_flash
 
 
-def test_rows_attend_once_where_layers_keep_results(fake_cudnn, monkeypatch):
+def test_attention_is_computed_once_if_layers_keep_results(fake_cudnn, monkeypatch):
     def loss_and_gradients(keeps_results):
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -306,7 +306,7 @@ def test_rows_attend_once_where_layers_keep_results(fake_cudnn, monkeypatch):
         return [loss.detach(), *(parameter.grad for parameter in twin.parameters())]
 
     expected = loss_and_gradients(False)
-    assert not fake_cudnn  # a CPU has its own way
+    assert not fake_cudnn  # a CPU does not use it
     monkeypatch.setattr(intern.kernels.isolated_attention, "_row_by_row", with_cudnn)
     found = loss_and_gradients(True)
     assert fake_cudnn == [("forward", 2)] * 3 + [("backward", 2)] * 3
@@ -325,7 +325,7 @@ def with_cudnn(query, key, value, lengths, scaling):
 @pytest.mark.parametrize("lengths", [[3000, 5000], [1, 2047, 3, 129, 500, 1, 63], [7] * 300 + [4096]])
 @pytest.mark.parametrize("turns", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cudnn_gives_what_flash_attention_gives(lengths, turns, dtype, monkeypatch):
+def test_cudnn_and_flash_attention_agree(lengths, turns, dtype, monkeypatch):
     generator = torch.Generator("cuda").manual_seed(0)
     drawn = [
         torch.randn((sum(lengths), heads, 128), generator=generator, device="cuda", dtype=dtype) for heads in (8, 2, 2)
@@ -349,7 +349,7 @@ def test_cudnn_gives_what_flash_attention_gives(lengths, turns, dtype, monkeypat
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: CPUs have no such kernel")
-def test_the_kernel_of_older_cards_gives_the_same(device, monkeypatch):
+def test_the_kernel_of_older_gpus_gives_the_same_logits(device, monkeypatch):
     base = Base(OmegaConf.create({"pretrained_model_name_or_path": "data/tiny_llama3"}))
     half = AutoModelForCausalLM.from_pretrained(base.name, attn_implementation=register(), dtype=torch.float16).to(
         device

@@ -1,4 +1,4 @@
-"""The last MLP for scored positions only: the same loss and gradients from fewer rows."""
+"""The last MLP at scored positions only: the same loss and gradients from fewer positions."""
 
 import pytest
 import torch
@@ -42,11 +42,11 @@ def test_loss_and_gradients_stay_the_same(recomputed):
     assert all(torch.allclose(mine, other, atol=1e-6) for mine, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("case", ["a part that is not known", "more arguments", "more than one result"])
+@pytest.mark.parametrize("case", ["an unknown part", "more arguments", "more than one result"])
 def test_an_mlp_of_another_shape_computes_all(case):
     model, rows = llama()
     layer = model.model.layers[-1]
-    if case == "a part that is not known":  # a convolution over positions, perhaps
+    if case == "an unknown part":  # a convolution over positions, perhaps
         layer.conv = torch.nn.Identity()
     if case == "more than one result":
         whole = layer.mlp.forward

@@ -1,4 +1,4 @@
-"""The LM head in one pass: what the whole vocabulary's logits give, and what TRL's head gives in training."""
+"""The LM head in one pass, compared with the logits of the whole vocabulary and with TRL's head in training."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_log_probabilities_and_gradients_are_those_of_the_whole_vocabulary(piece
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: Triton's kernels run nowhere else")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_gpu_gives_the_same(dtype, monkeypatch):
+def test_a_gpu_computes_the_same(dtype, monkeypatch):
     monkeypatch.setattr(intern.kernels.lm_head, "_LOGITS_BYTES", 128 * VOCABULARY * 2)
     check("cuda", dtype, True, None, 0.02)
 
@@ -88,19 +88,19 @@ def test_a_pass_returns_what_trls_head_returns(scored, monkeypatch):
     expected = results(theirs, scored)
     ours = llama()
     assert len(score_positions(ours)) == 1
-    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", None)  # it is not asked
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", None)  # it is not used
     found = results(ours, scored)
     assert len(found) == len(expected)
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["trained", "scaled", "asked for logits"])
+@pytest.mark.parametrize("case", ["trained", "scaled", "logits requested"])
 def test_other_heads_and_passes_are_the_librarys(case):
     model = llama(**({"logits_scaling": 2.0} if case == "scaled" else {}))
     if case == "trained":
         model.lm_head.requires_grad_(True)
-    assert len(score_positions(model)) == (case == "asked for logits")
+    assert len(score_positions(model)) == (case == "logits requested")
     ids = torch.arange(6)[None]
     assert model(input_ids=ids).logits.shape == (1, 6, 64)
     assert model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (1, 8)

@@ -1,4 +1,4 @@
-"""The fused product of 4-bit weight and adapter, against PEFT's own."""
+"""The fused product of 4-bit weight and adapter, compared with PEFT's."""
 
 import bitsandbytes as bnb
 import pytest
@@ -24,7 +24,7 @@ def test_output_and_gradients_are_those_of_peft(compute, close):
         assert torch.allclose(mine, other, rtol=close, atol=close * other.abs().max().item())
 
 
-def test_only_the_input_and_the_small_product_are_kept_for_the_backward_pass():
+def test_only_the_input_and_the_product_with_a_are_saved_for_the_backward_pass():
     def kept(model):
         sizes = []
         x = torch.randn(4, 16, 128).requires_grad_()
@@ -39,11 +39,11 @@ def test_only_the_input_and_the_small_product_are_kept_for_the_backward_pass():
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
-def test_an_adapter_that_does_more_keeps_pefts_own_way(lora):
+def test_an_adapter_that_does_more_keeps_pefts_forward_pass(lora):
     assert len(fuse_adapters(adapted(**lora))) == 0
 
 
-def test_an_adapter_that_is_switched_off_is_off():
+def test_a_disabled_adapter_has_no_effect():
     x = torch.randn(3, 128)
     model = adapted()
     fuse_adapters(model)
@@ -111,7 +111,7 @@ def test_layers_with_the_same_input_share_one_node_and_compute_what_peft_does(ta
         assert torch.allclose(mine, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
 
 
-def test_a_layer_that_gets_another_input_than_its_siblings_answers_for_that_input():
+def test_a_layer_with_another_input_than_its_siblings_uses_that_input():
     x, other = torch.randn(2, 3, 128), torch.randn(2, 3, 128)
     model = attention(["q_proj", "k_proj", "v_proj"])
     expected = model(x, other)
@@ -119,24 +119,24 @@ def test_a_layer_that_gets_another_input_than_its_siblings_answers_for_that_inpu
     assert torch.allclose(model(x, other), expected, atol=1e-5)
 
 
-def test_what_waits_for_siblings_that_are_not_asked_can_be_dropped():
+def test_outputs_for_siblings_that_are_never_called_can_be_dropped():
     model = attention(["q_proj", "k_proj", "v_proj"])
     fuse_adapters(model)
     module = model.get_base_model()
-    module.q_proj(torch.randn(1, 3, 128, requires_grad=True))  # memory runs out before k_proj is asked
+    module.q_proj(torch.randn(1, 3, 128, requires_grad=True))  # memory runs out before k_proj is called
     siblings = module.k_proj.get_base_layer().siblings
     assert len(siblings._waiting) == 2 and siblings._input is not None
     forget_waiting(model)
     assert not siblings._waiting and siblings._input is None
 
 
-def test_unpacked_weights_change_nothing_and_are_used(monkeypatch):
+def test_dequantized_weights_change_no_result_and_are_used(monkeypatch):
     x = torch.randn(2, 7, 128)
     model = adapted()
     fuse_adapters(model)
     expected = passed(model, x)
     model.zero_grad()
-    assert unpack_weights(model, 4 * 128 * 192 + 4) == 4 * 128 * 192  # the first; the second finds no room
+    assert unpack_weights(model, 4 * 128 * 192 + 4) == 4 * 128 * 192  # the first; the second does not fit
     assert unpack_weights(model, 10**9) == 4 * (128 * 192 + 192 * 128)
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", None)
     assert all(torch.equal(mine, other) for mine, other in zip(passed(model, x), expected, strict=True))

@@ -1,4 +1,4 @@
-"""Layers that run again, inputs in host memory, MLPs in pieces: the same loss and gradients with less kept."""
+"""Recomputed layers, inputs in host memory, tiled MLPs: the same loss and gradients with fewer saved activations."""
 
 import functools
 
@@ -41,7 +41,7 @@ def loss_and_gradients(model):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("form", [recompute, offload_inputs])
-def test_layers_that_run_again_give_the_same_loss_and_gradients(form, dropout):
+def test_recomputed_layers_have_the_same_loss_and_gradients(form, dropout):
     model, layers = model_and_layers(attention_dropout=dropout, attn_implementation="eager")
     for layer in layers:
         layer.gradient_checkpointing = False
@@ -67,7 +67,7 @@ def test_layers_that_run_again_give_the_same_loss_and_gradients(form, dropout):
         ("a router's noise", True),
     ],
 )
-def test_what_draws_at_random_is_known(case, draws):
+def test_models_that_draw_random_numbers_are_recognized(case, draws):
     model = model_and_layers()[0]
     if case == "lora dropout":
         model.model.layers[1].mlp.lora_dropout = torch.nn.Dropout(0.1)
@@ -96,7 +96,7 @@ def test_loss_and_gradients_stay_the_same(tokens, monkeypatch):
     assert all(torch.allclose(mine, other, atol=1e-6) for mine, other in zip(found, expected, strict=True))
 
 
-def test_pieces_are_read_where_a_norm_follows_the_mlp():
+def test_the_output_of_a_tiled_mlp_is_computed_if_a_norm_reads_it():
     def model_and_layers():
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -118,7 +118,7 @@ def test_pieces_are_read_where_a_norm_follows_the_mlp():
 
 
 @pytest.mark.parametrize("shared", [{}, None])
-def test_a_layer_that_leaves_states_for_others_has_gradients_in_its_first_run(shared):
+def test_a_layer_that_leaves_states_for_others_has_gradients_in_its_first_forward(shared):
     _, layers = model_and_layers()
     recompute(layers, preserve_rng_state=False)
     runs = []
@@ -144,13 +144,13 @@ def test_the_output_of_a_layer_that_recomputes_takes_no_memory(monkeypatch):
         lambda out: (real(out), sizes.append(out.untyped_storage().nbytes())),
     )
     loss_and_gradients(model)
-    assert sizes == [0] * 3  # of the second pass of each layer; that gradients stay the same is tested above
+    assert sizes == [0] * 3  # of the second forward of each layer; that gradients stay the same is tested above
     norm = torch.nn.functional.layer_norm(torch.randn(2, 8, requires_grad=True), (8,))
-    real(norm)  # its gradient may need its numbers
+    real(norm)  # its gradient may need its elements
     assert norm.untyped_storage().nbytes() > 0
 
 
-def test_pieces_are_no_longer_than_asked_and_computed_twice_as_a_checkpointed_layer_is():
+def test_chunks_are_no_longer_than_requested_and_computed_twice_like_a_checkpointed_layer():
     model, layers = model_and_layers()
     lengths = []
     for layer in layers:
@@ -162,7 +162,7 @@ def test_pieces_are_no_longer_than_asked_and_computed_twice_as_a_checkpointed_la
     assert sorted(lengths) == 2 * 3 * [4] + 2 * 3 * 2 * [8]
 
 
-def test_weights_are_unpacked_once_for_all_pieces(monkeypatch):
+def test_weights_are_dequantized_once_for_all_chunks(monkeypatch):
     mlp = adapted()
     fuse_adapters(mlp)
     x = torch.randn(1, 20, 128)
@@ -187,7 +187,7 @@ def test_weights_are_unpacked_once_for_all_pieces(monkeypatch):
 
 
 class Tanh(torch.autograd.Function):
-    """x -> tanh(2 x), as if that took long."""
+    """x -> tanh(2 x), as if that were expensive."""
 
     computed = 0
 
@@ -209,7 +209,7 @@ class Tanh(torch.autograd.Function):
 
 @pytest.mark.parametrize("calls", [1, 2])
 @pytest.mark.parametrize("keeps_results", [False, True])
-def test_what_is_remembered_is_computed_once(keeps_results, calls, monkeypatch):
+def test_results_saved_for_the_recomputation_are_computed_once(keeps_results, calls, monkeypatch):
     def with_tanh(model, layers):
         for layer in layers:
             whole = layer.mlp.forward

@@ -1,4 +1,4 @@
-"""Norms that take both parts of a gradient, against the library's."""
+"""Norms that add both parts of a gradient, compared with the library's."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_a_sum_gets_its_whole_gradient_from_the_norm_that_reads_it(monkeypatch):
         "intern.kernels.rms_norm.gradient", lambda *given: seen.append(given[1] is not None) or gradient(*given)
     )
     gradients(model, torch.randn(1, 5, 64))
-    assert seen == [True, True, True, False]  # backwards; what the first layer is given is no sum
+    assert seen == [True, True, True, False]  # backwards; the input of the first layer is no sum
 
 
 def test_norms_of_another_kind_and_trained_ones_stay():
@@ -57,7 +57,7 @@ def test_norms_of_another_kind_and_trained_ones_stay():
     assert len(fuse_norms(gemma)) == 0
     model = llama()
     model.layers[0].input_layernorm.requires_grad_(True)
-    model.layers[1].something = torch.nn.Identity()  # a part that is not known
+    model.layers[1].something = torch.nn.Identity()  # an unknown part
     assert len(fuse_norms(model)) == 1
 
 
@@ -87,5 +87,5 @@ def test_gradients_of_both_forms_are_those_of_finite_differences():
         passed, out = _SumAndNorm.apply(x + 0, weight, 1e-5)
         return passed, out, _Norm.apply(x, weight, 1e-5)
 
-    # In steps that show in float32, which the scale is kept in.
+    # Steps large enough to show in float32, the dtype of the scale.
     assert torch.autograd.gradcheck(both, (x,), eps=1e-3, atol=1e-3)

@@ -38,14 +38,14 @@ def trainer(model, args, rows=None, **given):
 
 
 def begin(fit, loader=None, **state):
-    """Training begins; without a loader with batches whose order nobody knows yet."""
+    """Training begins; by default with a loader whose order of batches is not known yet."""
     trainer = fit.trainer
     loader = loader or DataLoader(trainer.train_dataset or range(3), batch_size=1, shuffle=True)
     fit.on_train_begin(trainer.args, TrainerState(stateful_callbacks=[], **state), None, train_dataloader=loader)
 
 
-class Told:
-    """A probe of a GPU that behaves as told: a batch takes `alone` seconds without CUDA graphs, `replayed` with them."""
+class SimulatedProbe:
+    """A probe of a simulated GPU: a batch takes `alone` seconds without CUDA graphs and `replayed` seconds with them."""
 
     budget = 14 * GIB
     is_recorded = False
@@ -71,25 +71,25 @@ class Told:
 
 
 @pytest.mark.parametrize(
-    ("told", "steps", "replayed"),
+    ("gpu", "steps", "replayed"),
     [
         ({}, 100, True),
-        ({}, 8, None),  # over before the recording could have paid
-        ({"alone": 0.11}, 100, None),  # so long for four layers that the GPU is what is waited for
-        ({}, 9, False),  # over before the recording has paid
-        ({"replayed": 0.091}, 100, False),  # no faster
-        ({"loss": 2.1}, 100, False),  # not what the layers alone compute
-        ({"held": int(13.9 * GIB)}, 100, False),  # no room
+        ({}, 8, None),  # over before the recording could pay off
+        ({"alone": 0.11}, 100, None),  # so long for four layers that the GPU is the bottleneck
+        ({}, 9, False),  # over before the recording has paid off
+        ({"replayed": 0.091}, 100, False),  # not faster
+        ({"loss": 2.1}, 100, False),  # not what the layers compute without graphs
+        ({"held": int(13.9 * GIB)}, 100, False),  # not enough memory
         ({"error": torch.OutOfMemoryError("full")}, 100, False),
         ({"error": RuntimeError("operation not permitted when stream is capturing")}, 100, False),
-        ({"peak": 11 * GIB}, 100, True),  # with weights unpacked into what is left
-        ({"dropout": 0.1}, 100, None),  # a recorded draw would be repeated
+        ({"peak": 11 * GIB}, 100, True),  # with weights dequantized into the free memory
+        ({"dropout": 0.1}, 100, None),  # a replay would repeat the recorded draw
     ],
 )
-def test_cuda_graphs_are_taken_where_they_pay_fit_and_agree(told, steps, replayed, tmp_path, monkeypatch):
-    told = {"dropout": 0.0} | told
+def test_cuda_graphs_are_used_if_they_pay_fit_and_agree(gpu, steps, replayed, tmp_path, monkeypatch):
+    gpu = {"dropout": 0.0} | gpu
     config = LlamaConfig(
-        num_hidden_layers=4, hidden_size=8, num_attention_heads=2, vocab_size=10, attention_dropout=told.pop("dropout")
+        num_hidden_layers=4, hidden_size=8, num_attention_heads=2, vocab_size=10, attention_dropout=gpu.pop("dropout")
     )
     model = LlamaModel(config)
     fit = FitMemory(Run(tmp_path))
@@ -104,21 +104,21 @@ def test_cuda_graphs_are_taken_where_they_pay_fit_and_agree(told, steps, replaye
         def undo(self):
             made.append("removed")
 
-    monkeypatch.setattr(intern.memory.measure, "Probe", lambda trainer: Told(fit, **told))
+    monkeypatch.setattr(intern.memory.measure, "Probe", lambda trainer: SimulatedProbe(fit, **gpu))
     monkeypatch.setattr(intern.memory.apply, "LayerGraphs", Graphs)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     begin(fit, max_steps=steps)
     assert fit.plan.replayed == bool(replayed) and fit.plan.tokens == 9
-    assert made == {True: [(4, 9, 9)], False: [(4, 9, 9), "removed"], None: []}[replayed]  # None: not even tried
+    assert made == {True: [(4, 9, 9)], False: [(4, 9, 9), "removed"], None: []}[replayed]  # None: not tried
     assert read_plan(fit.run, layers=4) == fit.plan
     assert ("CUDA graphs" in str(fit.plan)) == bool(replayed)
     if replayed:
-        fit.trainer.step_back()  # memory runs out in spite of it: the graphs are what goes first
+        fit.trainer.step_back()  # memory runs out: the graphs are given up first
         assert not fit.plan.replayed and made[-1] == "removed"
 
 
 @pytest.mark.parametrize("case", ["frozen", "trained", "reentrant"])
-def test_layers_run_again_in_our_own_form_and_frozen_embeddings_are_asked_for_no_gradient(case, tmp_path, monkeypatch):
+def test_layers_recompute_in_our_own_form_and_frozen_embeddings_need_no_gradient(case, tmp_path, monkeypatch):
     model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10)).train()
     model.gradient_checkpointing_enable()
     theirs = model.layers[0]._gradient_checkpointing_func
@@ -144,7 +144,7 @@ def test_layers_run_again_in_our_own_form_and_frozen_embeddings_are_asked_for_no
     assert seen == [True, case != "frozen", True]
 
 
-def test_layers_with_a_loss_of_their_routers_keep_the_librarys_form(tmp_path):
+def test_layers_with_a_loss_of_their_routers_keep_the_librarys_form_of_checkpointing(tmp_path):
     model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10))
     model.gradient_checkpointing_enable()
     theirs = model.layers[0]._gradient_checkpointing_func
@@ -160,15 +160,18 @@ def test_layers_with_a_loss_of_their_routers_keep_the_librarys_form(tmp_path):
 @pytest.mark.parametrize(
     ("free", "is_long", "has_frontend", "once"),
     [
-        (2 * 2 * 4 * 2**20, True, True, True),  # twice two tensors for four layers, 700,000 bytes in 2**20 each
+        (
+            2 * 2 * 4 * 2**20,
+            True,
+            True,
+            True,
+        ),  # half of it holds two tensors for each of four layers, 700,000 bytes rounded up to 2**20
         (2 * 2 * 4 * 2**20 - 1, True, True, False),
-        (GIB, False, True, False),  # short rows are soon attended again
-        (GIB, True, False, False),  # another kernel's results are not kept
+        (GIB, False, True, False),  # attention over short rows is quickly computed again
+        (GIB, True, False, False),  # results of other kernels are not stored
     ],
 )
-def test_results_of_attention_are_kept_where_the_host_has_room(
-    free, is_long, has_frontend, once, tmp_path, monkeypatch
-):
+def test_results_of_attention_are_stored_if_the_host_has_room(free, is_long, has_frontend, once, tmp_path, monkeypatch):
     model = LlamaModel(LlamaConfig(num_hidden_layers=4, hidden_size=100, num_attention_heads=2, vocab_size=10))
     rows = Dataset.from_dict(
         {"input_ids": [[1] * 5, [1] * 3500], "seq_lengths": [[5], [3500] if is_long else [1000, 2500]]}
@@ -177,17 +180,17 @@ def test_results_of_attention_are_kept_where_the_host_has_room(
     fit.trainer = trainer(model, arguments(), rows)
     monkeypatch.setattr(intern.memory.measure, "available_memory", lambda: free)
     monkeypatch.setattr(cudnn_graphs, "has_cudnn_frontend", lambda: has_frontend)
-    monkeypatch.setattr(isolated_attention, "_uses_cudnn", False)  # put back afterwards
+    monkeypatch.setattr(isolated_attention, "_uses_cudnn", False)  # restored afterwards
     begin(fit, max_steps=10**10)
     assert fit.plan == MemoryPlan(4, 4, 0, 0, offloaded=True, attends_once=once, cudnn=has_frontend)
     assert isolated_attention._uses_cudnn == has_frontend
-    told = "their inputs and attention in host memory" if once else "their inputs in host memory"
-    assert told in str(fit.plan)
+    text = "their inputs and attention in host memory" if once else "their inputs in host memory"
+    assert text in str(fit.plan)
     form = model.layers[0]._gradient_checkpointing_func
     assert form.args[1] == once
 
 
-def test_the_largest_batch_is_the_one_that_comes_and_not_the_longest_rows_together():
+def test_the_largest_batch_is_a_coming_one_and_not_the_longest_rows_together():
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in (2, 9, 3, 8, 5)]})
 
     def lengths(*given):
@@ -200,7 +203,7 @@ def test_the_largest_batch_is_the_one_that_comes_and_not_the_longest_rows_togeth
 
 
 @pytest.mark.parametrize("padding_free", [True, False])
-def test_the_plan_is_for_the_largest_batch_that_comes(padding_free, tmp_path):
+def test_the_plan_is_for_the_largest_coming_batch(padding_free, tmp_path):
     lengths = [2, 9, 3, 8, 5, 6, 7, 4]
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
     model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10))
@@ -272,7 +275,7 @@ def test_a_plan_that_was_not_measured_is_repeated_too(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: a CPU's memory has no such limit")
-def test_the_plan_is_measured_and_kept(tmp_path):
+def test_the_plan_is_measured_and_stored(tmp_path):
     from helpers import train
 
     run = train(

@@ -1,4 +1,4 @@
-"""Which layers recompute and what to change where nothing fits, on memory that behaves as told."""
+"""Which layers recompute, and what to change if nothing fits, on simulated memory."""
 
 import types
 from dataclasses import replace
@@ -9,11 +9,11 @@ from intern.memory.plan import MemoryPlan, fewest_checkpointed_layers, smallest_
 from intern.units import GIB
 
 
-def memory(base, layer, budget, asked):
-    """Peaks as a GPU shows them: what is always there, and each kept layer's activations; beyond the budget it runs out."""
+def memory(base, layer, budget, tried_kept):
+    """Peaks like a GPU's: `base` and the activations of each kept layer, in GiB; above the budget it runs out of memory."""
 
     def peak_of(kept):
-        asked.append(kept)
+        tried_kept.append(kept)
         peak = int((base + layer * max(kept, 1)) * GIB)
         return peak if peak <= budget * GIB else None
 
@@ -30,14 +30,14 @@ def memory(base, layer, budget, asked):
     ],
 )
 def test_as_many_layers_are_kept_as_fit_with_a_margin(base, layer, budget, kept):
-    asked = []
-    made = fewest_checkpointed_layers(32, int(budget * GIB), memory(base, layer, budget, asked))
+    tried_kept = []
+    made = fewest_checkpointed_layers(32, int(budget * GIB), memory(base, layer, budget, tried_kept))
     assert (made.layers - made.checkpointed) == kept
     assert made.peak <= budget * GIB
-    assert len(asked) <= 6
+    assert len(tried_kept) <= 6
 
 
-def test_a_plan_that_does_not_hold_is_lowered_until_it_does():
+def test_a_plan_that_does_not_fit_is_lowered_until_it_does():
     def peak_of(kept):  # each layer costs more than the first one showed
         return int((6 + 0.1 * kept + 0.02 * kept**2) * GIB)
 
@@ -47,10 +47,10 @@ def test_a_plan_that_does_not_hold_is_lowered_until_it_does():
     assert made.peak == peak_of(kept)
 
 
-def test_where_memory_is_plenty_one_try_is_enough():
-    asked = []
-    assert fewest_checkpointed_layers(32, 80 * GIB, memory(6.0, 0.1, 80.0, asked)).checkpointed == 0
-    assert asked == [32]
+def test_with_plenty_of_memory_one_try_is_enough():
+    tried_kept = []
+    assert fewest_checkpointed_layers(32, 80 * GIB, memory(6.0, 0.1, 80.0, tried_kept)).checkpointed == 0
+    assert tried_kept == [32]
 
 
 def test_what_never_fits_has_no_plan():

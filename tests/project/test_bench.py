@@ -22,7 +22,7 @@ BRIEF = ["--precision", "fp32", "--warmup", "1", "--length", "160"]
 
 
 def bench(tmp_path, settings, *flags):
-    """The figures of all settings, the table, and the picture's first bytes."""
+    """Run the script; check its table and its plot, and return the metrics of all settings."""
     figures, picture = tmp_path / "figures.json", tmp_path / "figures.png"
     line = [sys.executable, "scripts/bench_train.py", "data/tiny_llama3", *BRIEF, *flags]
     line += ["--json", str(figures), "--plot", str(picture), *settings]
@@ -33,7 +33,7 @@ def bench(tmp_path, settings, *flags):
     return {one["setting"]: one for one in json.loads(figures.read_text())}
 
 
-def test_each_setting_is_measured_in_a_process_of_its_own(tmp_path):
+def test_each_setting_is_measured_in_its_own_process(tmp_path):
     figures = bench(tmp_path, ["ours:pack", "nobody"], "--steps", "3", "--rows", "24")
     assert len(figures["ours:pack"]["milliseconds"]) == 2  # from the second step on
     assert figures["ours:pack"]["tokens_per_second"] > 0 and figures["ours:pack"]["tokens_per_step"] <= 160
@@ -50,8 +50,8 @@ def test_in_one_process_we_agree_with_the_plain_recipe_and_settings_may_differ_i
     assert "error" in figures["nobody"]
 
 
-def test_in_one_process_no_setting_holds_what_the_optimizer_of_another_has_noted(monkeypatch):
-    """Whoever trained: each would be measured with less memory than the one before."""
+def test_in_one_process_no_setting_holds_what_the_optimizer_of_another_registered(monkeypatch):
+    """Whichever system trained: each would be measured with less memory than the one before."""
     spec = importlib.util.spec_from_file_location("bench_train", ROOT / "scripts" / "bench_train.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
