@@ -74,3 +74,16 @@ def test_every_other_pass_computes_all(case):
         model.eval()
     assert torch.allclose(model(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-6)
     assert rows == [ids.numel()]
+
+
+def test_an_output_that_autocast_narrows_keeps_its_dtype():
+    model, rows = llama()
+    layer, hidden = model.model.layers[-1], torch.randn(2, 20, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = layer.mlp(hidden)
+        scored = ScoredOnly(model)
+        scored.look_at(LABELS.shape, positions(LABELS))
+        found = layer.mlp(hidden)
+    assert rows == [40, 12] and found.dtype == whole.dtype == torch.bfloat16
+    at = positions(LABELS)
+    torch.testing.assert_close(found.flatten(0, 1)[at], whole.flatten(0, 1)[at], atol=1e-2, rtol=1e-2)

@@ -273,6 +273,16 @@ def test_a_plan_that_was_not_measured_is_repeated_too(tmp_path, monkeypatch):
     assert first.cudnn and plan(max_steps=10**10, global_step=10**10 - 1) == first
 
 
+def test_a_run_whose_memory_plan_cannot_be_used_resumes_with_a_new_one(tmp_path, caplog):
+    model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10))
+    fit = FitMemory(Run(tmp_path), every_layer=True)
+    fit.run.write_json(fit.run.memory, {"layers": 2, "checkpointed": 1, "peak": 5, "budget": 6, "of_tomorrow": True})
+    fit.trainer = trainer(model, arguments(), Dataset.from_dict({"input_ids": [[1] * 5]}))
+    begin(fit, global_step=5, max_steps=6)
+    assert fit.plan.checkpointed == 2 and read_plan(fit.run, layers=2) == fit.plan
+    assert "of_tomorrow" in caplog.text
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: a CPU's memory has no such limit")
 def test_the_plan_is_measured_and_stored(tmp_path):
