@@ -27,8 +27,9 @@ import torch
 from omegaconf import OmegaConf
 from transformers import BitsAndBytesConfig
 
-from intern.data.files import DataFile, read_rows, tokenize
+from intern.data.files import DataFile, read_rows
 from intern.data.prompt import Prompt
+from intern.data.tokenize import tokenize
 from intern.model.base import Base
 from intern.model.precision import Precision
 from intern.paths import PROJECT

@@ -1,10 +1,10 @@
-"""conf/data -> datasets of token ids and labels, read row by row so that a fault is named by file and row."""
+"""Data files -> checked rows in a dataset of `datasets`, cached by the files' content."""
 
 import hashlib
-import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,198 +12,160 @@ from typing import Any
 import datasets
 from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
-from transformers import PreTrainedTokenizerBase
 
-from intern.data.prompt import Prompt
-from intern.errors import UserError
+from intern.data.formats import FORMATS, Layout, RowSettings, conversation_row, detect
+from intern.data.readers import lines, parse_json
+from intern.errors import RunError, UserError
 from intern.paths import find
 
 log = logging.getLogger(__name__)
 
-_REQUIRED = ("question", "answer")
-_OPTIONAL = ("chunk_text", "chunk_id", "topic")
-_ROW = Features(
-    {"row": Value("int64"), "seen_chunk": Value("bool")} | {name: Value("string") for name in (*_REQUIRED, *_OPTIONAL)}
+ROW = Features(
+    {
+        "row": Value("int64"),
+        "seen_chunk": Value("bool"),
+        "history": List({"question": Value("string"), "answer": Value("string")}),
+        **{name: Value("string") for name in ("system", "question", "answer", "chunk_text", "chunk_id", "topic")},
+    }
 )
-_TOKENS = Features(
-    {"row": Value("int64"), "input_ids": List(Value("int32")), "labels": List(Value("int32")), "cut": Value("int32")}
-)
-_FORM = 1  # of cached rows and tokens: raised with every change of how they are checked or rendered
-_ROWS_PER_PROCESS = 20_000  # below this a process costs more than it saves
-_LONGEST_ROW = 2**24  # bytes of a line: far more than any model's positions
+FORM = 2  # of cached rows: raised with every change of how they are read that is outside of intern/data/formats.py
 _LONG_FILE = 2**25  # bytes from which reading is worth a progress bar
-_NAMED = 5  # rows that a warning names
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A JSONL file and the SHA-256 of its content, which names it in caches and in the run's environment.json."""
+    """A data file (or a folder, or a dataset of the hub as `hub:owner/name`) and the SHA-256 of its content.
+
+    The hash names it in caches and in the run's environment.json.
+    """
 
     path: Path
     sha256: str
 
     @classmethod
     def find(cls, path: str, key: str) -> "DataFile":
-        """Raises UserError, naming the config key, where there is no such file."""
+        """Find a file in the working directory, then in the project.
+
+        Raises:
+            UserError: naming the config key, if there is no such file.
+        """
         found = find(path)
         if found is None or not found.is_file():
             raise UserError(f"{key}={path}: no such file, neither in the working directory nor in the project")
-        with found.open("rb") as file:
-            return cls(found, hashlib.file_digest(file, "sha256").hexdigest())
+        try:
+            with found.open("rb") as file:
+                return cls(found, hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise UserError(f"{key}={path}: cannot be read ({error.strerror})") from error
 
 
 def read_rows(file: DataFile, needs_material: bool) -> Dataset:
-    """The rows of a JSONL file, checked, memory-mapped, and cached by content.
+    """Read and check the rows of a file whose format is detected.
 
     Args:
-        needs_material: whether every row must have a chunk_text (data.context is always or mixed).
+        file: the file.
+        needs_material: whether every row must have a context (data.context is always or mixed).
 
     Returns:
-        A dataset of row (1 for the file's first line), question, answer, chunk_text, chunk_id, topic and seen_chunk (None where absent).
+        A dataset as `read_file` makes it.
 
     Raises:
-        UserError: a line that is not a JSON object, a field that is missing, empty or not text, or no row at all.
+        UserError: naming file and row, if a row is not as it must be.
+        RunError: the cache cannot be written.
     """
-    quiet, bars = datasets.utils.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    datasets.utils.logging.set_verbosity_error()
-    if file.path.stat().st_size < _LONG_FILE:
-        datasets.disable_progress_bars()
-    try:
-        arguments = {"path": str(file.path), "sha256": file.sha256, "needs_material": needs_material, "form": _FORM}
-        rows = Dataset.from_generator(_checked_rows, features=_ROW, gen_kwargs=arguments)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-    finally:
-        datasets.utils.logging.set_verbosity(quiet)
-        if not bars:
-            datasets.enable_progress_bars()
-    return rows
+    return read_file(file, RowSettings(needs_context=needs_material))[0]
 
 
-def _checked_rows(path: str, sha256: str, needs_material: bool, form: int) -> Iterator[dict[str, Any]]:
-    """All rows of a file; sha256 and form only make the key of the cache."""
-    empty = True
-    with Path(path).open("rb") as file:
-        lines = iter(lambda: file.readline(_LONGEST_ROW + 1), b"")
-        for number, line in enumerate(lines, 1):
-            if len(line) > _LONGEST_ROW:
-                raise UserError(f"{path}:{number}: longer than {_LONGEST_ROW >> 20} MiB: each line holds one row")
-            if line.strip():
-                empty = False
-                yield {"row": number} | checked_row(line, f"{path}:{number}", needs_material)
-    if empty:
-        raise UserError(f"{path}: has no rows: one JSON object with question and answer on each line")
+def read_file(file: DataFile, settings: RowSettings, first: int = 0) -> tuple[Dataset, str]:
+    """Read and check the rows of a file; memory-mapped, and cached by content.
+
+    Args:
+        file: the file.
+        settings: how a row is read.
+        first: added to the row numbers, so that rows of several files have different ones.
+
+    Returns:
+        A dataset with the columns of `ROW`, and the row format that was found, for a person. `row` is 1 for the first line of a file;
+        `question` and `answer` are the last turn of a conversation, `history` the turns before it (None for a single one); the other
+        columns are None if a row has none.
+
+    Raises:
+        UserError: a row that cannot be read, lacks a field or has one of the wrong type, or a file without rows.
+        RunError: the cache cannot be written.
+    """
+    start = next(lines(file.path), None)
+    if start is None:
+        raise UserError(f"{file.path}: has no rows: one JSON object with question and answer on each line")
+    layout = detect(start.row, settings, start.place)
+    arguments = {
+        "path": str(file.path),
+        "sha256": file.sha256,
+        "format_name": layout.format.name,
+        "columns": dict(settings.columns),
+        "needs_context": settings.needs_context,
+        "first": first,
+        "identity": layout.format.identity,
+        "form": FORM,
+    }
+    with quiet(file.path.stat().st_size < _LONG_FILE), cache_errors():
+        try:
+            rows = Dataset.from_generator(_checked_rows, features=ROW, gen_kwargs=arguments)
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, UserError | OSError):
+                raise error.__cause__ from None
+            raise
+    return rows, layout.describe(start.row)
+
+
+def _checked_rows(
+    path: str,
+    sha256: str,
+    format_name: str,
+    columns: Mapping[str, str],
+    needs_context: bool,
+    first: int,
+    identity: str,
+    form: int,
+) -> Iterator[dict[str, Any]]:
+    """All rows of a file; sha256, identity and form only make the key of the cache."""
+    layout = Layout(FORMATS[format_name], RowSettings(format_name, columns, needs_context))
+    for line in lines(Path(path)):
+        yield {"row": first + line.number} | conversation_row(layout, line.row, line.place)
 
 
 def checked_row(line: bytes, place: str, needs_material: bool) -> dict[str, Any]:
-    """The fields of one line; UserError, beginning with `place`, where one is not as it must be."""
+    """The fields of a line with question and answer; UserError, beginning with `place`, if one is not as it must be."""
+    layout = Layout(FORMATS["qa"], RowSettings("qa", needs_context=needs_material))
+    return conversation_row(layout, parse_json(line, place), place)
+
+
+@contextmanager
+def quiet(few: bool) -> Iterator[None]:
+    """Keep `datasets` from logging, and from showing progress bars if there is little to do; both are as before afterwards."""
+    level, were_off = datasets.utils.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.utils.logging.set_verbosity_error()
+    if few:
+        datasets.disable_progress_bars()
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON ({error}): each line holds one JSON object") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: a JSON {type(row).__name__}, not an object with question and answer")
-    required = (*_REQUIRED, "chunk_text") if needs_material else _REQUIRED
-    for name in required:
-        if name not in row or row[name] is None:
-            reason = " (data.context shows it; data.context=never does without)" if name == "chunk_text" else ""
-            raise UserError(f"{place}: field {name!r} is missing{reason}")
-        if isinstance(row[name], str) and not row[name].strip():
-            raise UserError(f"{place}: field {name!r} is empty")
-    for name in (*_REQUIRED, *_OPTIONAL):
-        if row.get(name) is not None and not isinstance(row[name], str):
-            raise UserError(f"{place}: field {name!r} is {type(row[name]).__name__}, not text")
-        if "\x00" in (row.get(name) or "") or any("\ud800" <= c <= "\udfff" for c in row.get(name) or ""):
-            raise UserError(f"{place}: field {name!r} has a character that is no text (NUL or half a surrogate pair)")
-    if not isinstance(row.get("seen_chunk") or False, bool):
-        raise UserError(f"{place}: field 'seen_chunk' is {type(row['seen_chunk']).__name__}, not true or false")
-    return {name: row.get(name) for name in (*_REQUIRED, *_OPTIONAL, "seen_chunk")}
+        yield
+    finally:
+        datasets.utils.logging.set_verbosity(level)
+        if not were_off:
+            datasets.enable_progress_bars()
 
 
-@dataclass(frozen=True)
-class Tokenized:
-    """Rows as the model sees them (input_ids, labels), and what had to go so that they fit."""
-
-    rows: Dataset
-    origins: Dataset  # of each of them: row, its line in the file, and cut, the tokens of material that it lost
-    dropped: list[int]  # rows too long even without their material
-    shortened: int  # rows that lost the end of their material
-
-
-def tokenize(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    max_length: int,
-    num_proc: int | None,
-    name: str = "rows",
-    scoring: bool = False,
-) -> Tokenized:
-    """Renders and tokenizes rows, in parallel where there are many; cached by content.
+@contextmanager
+def cache_errors() -> Iterator[None]:
+    """Turn a cache that cannot be written into one line that names it.
 
     Raises:
-        UserError: not one row fits into max_length tokens.
+        RunError: instead of an OSError, such as a full disk.
     """
-    workers = num_proc or max(1, min(os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS))
-
-    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        shown = zip(batch["question"], batch["chunk_text"], strict=True)
-        materials = [
-            material if (prompt.scores_with_material if scoring else prompt.trains_with_material(question)) else None
-            for question, material in shown
-        ]
-        encoded = prompt.encode(tokenizer, batch["question"], batch["answer"], materials, max_length)
-        kept = [(row, one) for row, one in zip(batch["row"], encoded, strict=True) if one is not None]
-        return {
-            "row": [row for row, _ in kept],
-            "input_ids": [one.input_ids for _, one in kept],
-            "labels": [one.labels for _, one in kept],
-            "cut": [one.context_tokens_cut for _, one in kept],
-        }
-
-    key = json.dumps([rows._fingerprint, prompt.to_json(), _identity(tokenizer), max_length, scoring, _FORM])
-    tokens = rows.map(
-        encode,
-        batched=True,
-        remove_columns=rows.column_names,
-        features=_TOKENS,
-        num_proc=workers if workers > 1 else None,
-        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-        desc=f"tokenizing {name}",
-    )
-    dropped: list[int] = []
-    if len(tokens) < len(rows):
-        kept = set(tokens["row"])
-        dropped = [row for row in rows["row"] if row not in kept]
-    if not len(tokens):
-        raise UserError(f"trainer.max_length={max_length}: no row of {name} fits into so few tokens: raise it")
-    if dropped:
-        named = ", ".join(map(str, dropped[:_NAMED])) + (", ..." if len(dropped) > _NAMED else "")
-        log.warning(
-            "%s: %d rows dropped, longer than trainer.max_length=%d even without material: rows %s",
-            name,
-            len(dropped),
-            max_length,
-            named,
-        )
-    shortened = sum(1 for cut in tokens["cut"] if cut)
-    if shortened:
-        log.warning(
-            "%s: %d rows lost the end of their material to fit into trainer.max_length=%d", name, shortened, max_length
-        )
-    origins = tokens.select_columns(["row", "cut"])
-    return Tokenized(tokens.select_columns(["input_ids", "labels"]), origins, dropped, shortened)
-
-
-def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What makes two tokenizers give the same ids: their vocabulary, merges and rules."""
-    backend = (
-        tokenizer.backend_tokenizer.to_str()
-        if hasattr(tokenizer, "backend_tokenizer")
-        else repr(sorted(tokenizer.get_vocab().items()))
-    )
-    return hashlib.sha256(backend.encode()).hexdigest()
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or (os.strerror(error.errno) if error.errno else " ".join(str(error).split()))
+        raise RunError(
+            f"{datasets.config.HF_DATASETS_CACHE}: the cache of rows cannot be written ({reason}): free some space, or set "
+            "HF_DATASETS_CACHE to a folder elsewhere"
+        ) from error

@@ -115,12 +115,23 @@ def predict(
     from rich.console import Console
     from rich.progress import track
 
+    from intern.data.tokenize import turns
     from intern.inference.generate import answer_text, generate_ids
     from intern.inference.losses import answer_losses
 
     questions, references, numbers = (list(golden[column]) for column in ("question", "answer", "row"))
     shown = list(golden["chunk_text"]) if with_material else [None] * len(golden)
-    encoded = intern.prompt.encode(intern.tokenizer, questions, references, shown, intern.cfg.trainer.max_length)
+    histories, systems = [turns(history) for history in golden["history"]], list(golden["system"])
+    encoded = intern.prompt.encode(
+        intern.tokenizer,
+        questions,
+        references,
+        shown,
+        intern.cfg.trainer.max_length,
+        histories=histories,
+        systems=systems,
+        loss_on="last",
+    )
     lengths = [len(row.input_ids) if row is not None else intern.cfg.trainer.max_length for row in encoded]
     order = sorted(range(len(golden)), key=lambda index: (-lengths[index], index))
     batches: Iterable[tuple[int, list[int]]] = list(
@@ -152,6 +163,8 @@ def predict(
                 [questions[index] for index in batch],
                 [shown[index] for index in batch],
                 batch_size,
+                histories=[histories[index] for index in batch],
+                systems=[systems[index] for index in batch],
             )
         )
         seconds = (time.perf_counter() - start) / len(batch)

@@ -39,9 +39,14 @@ def generate(
     materials: Sequence[str | None] | None = None,
     batch_size: int = 16,
     streamer: Any = None,
+    histories: Sequence[Sequence[tuple[str, str]]] | None = None,
+    systems: Sequence[str | None] | None = None,
 ) -> Iterator[tuple[str, bool]]:
     """Each question's answer, in order, and whether the model ended it by itself (False: cut off at max_new_tokens)."""
-    for ids, ended in generate_ids(model, tokenizer, prompt, generation, questions, materials, batch_size, streamer):
+    answers = generate_ids(
+        model, tokenizer, prompt, generation, questions, materials, batch_size, streamer, histories, systems
+    )
+    for ids, ended in answers:
         yield answer_text(tokenizer, ids), ended
 
 
@@ -60,6 +65,8 @@ def generate_ids(
     materials: Sequence[str | None] | None = None,
     batch_size: int = 16,
     streamer: Any = None,
+    histories: Sequence[Sequence[tuple[str, str]]] | None = None,
+    systems: Sequence[str | None] | None = None,
 ) -> Iterator[tuple[list[int], bool]]:
     """Each answer's token ids without its end of turn, in order, and whether it had one.
 
@@ -67,7 +74,9 @@ def generate_ids(
     would not leave room for an answer in the model's positions.
     """
     most = model.config.max_position_embeddings - (generation.max_new_tokens or 0)
-    encoded = prompt.encode(tokenizer, questions, materials=materials, max_length=most)
+    encoded = prompt.encode(
+        tokenizer, questions, materials=materials, max_length=most, histories=histories, systems=systems
+    )
     model.eval()
     for first in range(0, len(questions), batch_size):
         rows = []

@@ -89,9 +89,9 @@ class Facts:
     @fact
     def data(self) -> "DataConfig":
         from intern.config.build import build, plain
-        from intern.data.settings import DataConfig
+        from intern.data.settings import DataConfig, resolved
 
-        return build(DataConfig, plain(self.cfg.data), "data")
+        return resolved(build(DataConfig, plain(self.cfg.data), "data"))
 
     @fact
     def precision(self) -> "Precision":
@@ -114,9 +114,7 @@ class Facts:
         except UserError:
             precision = Precision("cpu", torch.float32, fp16=False, bf16=False)
         run = Run(Path(self.cfg.run_dir))
-        return build_training_args(
-            self.cfg.trainer, run, precision, self.cfg.seed, evaluates=self.data.eval_file is not None
-        )
+        return build_training_args(self.cfg.trainer, run, precision, self.cfg.seed, evaluates=self.data.evaluates)
 
     @fact
     def is_folder(self) -> bool:
@@ -158,7 +156,7 @@ class Facts:
     def prompt(self) -> "Prompt":
         from intern.data.prompt import Prompt
 
-        return Prompt.from_tokenizer(self.tokenizer, self.data.system_prompt, self.data.context)
+        return Prompt.from_tokenizer(self.tokenizer, self.data.system_prompt or "", self.data.context)
 
     @fact
     def adapted(self) -> Any:

@@ -253,15 +253,18 @@ def check_adapter(facts: Facts) -> Check:
 
 def check_training_rows(facts: Facts) -> Check:
     """data.train_file, row by row."""
-    return _rows(facts, "training rows", facts.known("data", "configuration").train_file, "data.train_file", False)
+    facts.known("data", "configuration")
+    return _rows(facts, "training rows", scoring=False)
 
 
 def check_golden_rows(facts: Facts) -> Check:
     """data.eval_file, row by row."""
     data = facts.known("data", "configuration")
-    if data.eval_file is None:
+    if data.eval_share:
+        return Check("golden rows", GREEN, f"held out: {data.eval_share:.0%} of the training rows, by document")
+    if not data.eval_files:
         return Check("golden rows", AMBER, "none: nothing will say what the adapter is worth", "give data.eval_file")
-    return _rows(facts, "golden rows", data.eval_file, "data.eval_file", True)
+    return _rows(facts, "golden rows", scoring=True)
 
 
 def check_gpu_memory(facts: Facts) -> Check:
@@ -308,7 +311,7 @@ def check_disk(facts: Facts) -> Check:
             add(constants.HF_HUB_CACHE, "download", size)
     with contextlib.suppress(NotKnownError):
         data = facts.known("data", "configuration")
-        size = sum(_size(path) for path in (data.train_file, data.eval_file) if path)
+        size = sum(_size(path) for path in (*data.train_files, *data.eval_files))
         add(datasets.config.HF_DATASETS_CACHE, "datasets cache", datasets_cache(size))
     with contextlib.suppress(NotKnownError):
         trainable = facts.known("adapted", "adapter").get_nb_trainable_parameters()[0]
@@ -414,23 +417,25 @@ def run_check(name: str, check: Callable[[Facts], Check], facts: Facts) -> Check
         )
 
 
-def _rows(facts: Facts, name: str, path: str, key: str, scoring: bool) -> Check:
+def _rows(facts: Facts, name: str, scoring: bool) -> Check:
     import datasets
 
-    from intern.data.files import DataFile, read_rows, tokenize
+    from intern.data.sources import locate, read_sources
+    from intern.data.tokenize import tokenize
 
     datasets.disable_progress_bars()
     data = facts.data
-    file = DataFile.find(path, key)
-    rows = read_rows(file, needs_material=data.context != "never")
-    found = f"{file.path.name}: {len(rows):,} rows"
+    names, key = (data.eval_files, "data.eval_file") if scoring else (data.train_files, "data.train_file")
+    table = read_sources(locate(names, key), data, data.eval_split if scoring else data.split)
+    rows = table.rows
+    found = f"{table.name}: {len(rows):,} rows"
     if len(rows) > _LONG_DATA:
         return Check(name, GREEN, f"{found}, each as it must be; tokens not counted here", "python -m intern.preview")
     try:
         prompt, args = facts.known("prompt", "tokenizer"), facts.known("args", "configuration")
     except NotKnownError as missing:
         return Check(name, AMBER, f"{found}, each as it must be; tokens not counted", f"mend first: {missing}")
-    tokens = tokenize(rows, facts.tokenizer, prompt, args.max_length, data.num_proc, file.path.name, scoring)
+    tokens = tokenize(rows, facts.tokenizer, prompt, args.max_length, data.num_proc, table.name, scoring, data.loss_on)
     if tokens.dropped or tokens.shortened:
         found += f", {len(tokens.dropped):,} dropped, {tokens.shortened:,} shortened to {args.max_length:,} tokens"
         return Check(name, AMBER, found, "raise trainer.max_length; python -m intern.preview shows them")

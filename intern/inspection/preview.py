@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from datasets import Dataset
@@ -18,10 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from intern.config.build import build, plain
-from intern.data.files import DataFile, Tokenized, read_rows, tokenize
+from intern.data.files import DataFile
 from intern.data.packing import build_collator, pack
+from intern.data.prepare import Prepared, located
+from intern.data.prepare import prepare as prepare_data
 from intern.data.prompt import IGNORED, Prompt
 from intern.data.settings import DataConfig
+from intern.data.tokenize import Tokenized, turns
 from intern.display.plot import plot_lengths
 from intern.errors import UserError
 from intern.inspection.check import Check, show_checks
@@ -45,7 +47,6 @@ from intern.upstream import route_messages
 
 _PERCENTS = (50, 90, 99, 100)
 _BEGINNING = 50  # characters of a question that name a row of a batch
-_LONG_DATA = 20_000  # rows from which reading them is worth a progress bar
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,33 @@ class Material:
     prompt: Prompt
     tokenizer: PreTrainedTokenizerBase
     args: SFTConfig
-    train_file: DataFile
-    train_rows: Dataset
-    train: Tokenized
+    data: Prepared
     packs: Dataset
-    golden_rows: Dataset | None
-    golden: Tokenized | None
+
+    @property
+    def train_file(self) -> DataFile:
+        """The training file, or the first of several."""
+        return self.data.train.files[0]
+
+    @property
+    def train_rows(self) -> Dataset:
+        """The training rows as text."""
+        return self.data.train.rows
+
+    @property
+    def train(self) -> Tokenized:
+        """The training rows as tokens."""
+        return self.data.train_tokens
+
+    @property
+    def golden_rows(self) -> Dataset | None:
+        """The golden rows as text."""
+        return self.data.golden.rows if self.data.golden is not None else None
+
+    @property
+    def golden(self) -> Tokenized | None:
+        """The golden rows as tokens."""
+        return self.data.golden_tokens
 
     @cached_property
     def lines(self) -> np.ndarray:
@@ -108,30 +130,19 @@ _OWN = ("rows", "row", "html", "lengths")  # keys of conf/preview.yaml
 def prepare(cfg: DictConfig) -> Material:
     """The data half of a training run, by the functions that training calls; what it writes are the caches that training reads."""
     check_values({name: value for name, value in plain(cfg).items() if name not in _OWN})
-    data = build(DataConfig, plain(cfg.data), "data")
-    train_file = DataFile.find(data.train_file, "data.train_file")
-    golden_file = DataFile.find(data.eval_file, "data.eval_file") if data.eval_file else None
+    found = located(build(DataConfig, plain(cfg.data), "data"))
     # What is trained on is the same on every device: no GPU is needed to look at it.
     nowhere = Precision("cpu", torch.float32, fp16=False, bf16=False)
-    args = build_training_args(cfg.trainer, Run(Path.cwd()), nowhere, cfg.seed, evaluates=golden_file is not None)
-    train_rows = read_rows(train_file, needs_material=data.context != "never")
-    golden_rows = read_rows(golden_file, needs_material=data.context != "never") if golden_file is not None else None
-    if len(train_rows) < _LONG_DATA:
-        datasets.disable_progress_bars()
+    args = build_training_args(cfg.trainer, Run(Path.cwd()), nowhere, cfg.seed, evaluates=found.data.evaluates)
     base = Base(cfg.model)
     tokenizer = base.tokenizer()
     args.padding_free = args.padding_free or batches_need_no_padding(
         plain(cfg), lambda: Shape(base.config, base.skeleton, tokenizer)
     )
-    prompt = Prompt.from_tokenizer(tokenizer, data.system_prompt, data.context)
-    length = int(args.max_length or 0)
-    train = tokenize(train_rows, tokenizer, prompt, length, data.num_proc, train_file.path.name)
-    golden = None
-    if golden_rows is not None and golden_file is not None:
-        name = golden_file.path.name
-        golden = tokenize(golden_rows, tokenizer, prompt, length, data.num_proc, name, scoring=True)
-    packs = pack(train.rows, args)
-    return Material(prompt, tokenizer, args, train_file, train_rows, train, packs, golden_rows, golden)
+    prompt = Prompt.from_tokenizer(tokenizer, found.data.system_prompt or "", found.data.context)
+    data = prepare_data(found, tokenizer, prompt, int(args.max_length or 0))
+    packs = pack(data.train_tokens.rows, args)
+    return Material(prompt, tokenizer, args, data, packs)
 
 
 def look(material: Material, count: int, row: int | None, picture: Path | None) -> Preview:
@@ -162,9 +173,17 @@ def shown_row(material: Material, place: int) -> ShownRow:
     """The row at a place of the file as its tokens; what was cut off stands where it stood."""
     row = material.train_rows[place]
     text = row["chunk_text"] if material.prompt.trains_with_material(row["question"]) else None
-    tokens = material.prompt.explain(material.tokenizer, row["question"], row["answer"], text, material.max_length)
+    tokens = material.prompt.explain(
+        material.tokenizer,
+        row["question"],
+        row["answer"],
+        text,
+        material.max_length,
+        history=turns(row["history"]),
+        system=row["system"],
+    )
     trained = _tokenized(material, row["row"])
-    title = f"{material.train_file.path.name}:{row['row']}"
+    title = material.data.train.place(row["row"])
     if trained is None:
         note = f"{len(tokens):,} tokens: dropped, longer than trainer.max_length={material.max_length:,} even without material"
         return ShownRow(title, note, pieces(tokens, [], material.tokenizer))

@@ -13,9 +13,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from intern.data.files import Tokenized
 from intern.data.packing import keeps_rows_apart
 from intern.data.prompt import IGNORED, Prompt
+from intern.data.tokenize import Tokenized
 from intern.inspection.check import AMBER, GREEN, RED, Check
 from intern.inspection.near_duplicates import WORD, NearTexts
 
@@ -89,7 +89,7 @@ def check_tokens(
     wanted = 0 if bos is None else max(template.count(bos), int(tokenizer("a")["input_ids"][0] == bos))
     lengths = Lengths(np.zeros(max_length + 1, dtype=np.int64))
     never_ends, mask, wrong_bos = _Rows(), _Rows(), _Rows()
-    origins = batches(tokens.origins, ["row"])
+    origins = batches(tokens.origins, ["row", "turns"])
     for table, origin in zip(batches(tokens.rows, ["input_ids", "labels"]), origins, strict=True):
         rows = origin["row"].to_numpy()
         ids, labels, starts = flat(table)
@@ -98,10 +98,15 @@ def check_tokens(
         carries = labels != IGNORED
         lengths.tokens_with_loss += int(carries.sum())
         _add(never_ends, rows, labels[ends] != end_of_turn)
-        # Right is: no loss, then loss to the end. So loss begins once in a row, never at its first token, and labels repeat the ids.
+        # Right is: no loss, then loss to the end of turn, once for each answer. So loss begins as often as there are answers with loss, never
+        # at the first token, and labels repeat the ids.
         begins = carries & ~np.append(False, carries[:-1])
         changed = _per_row(carries & (labels != ids), starts) > 0
-        _add(mask, rows, changed | (_per_row(begins, starts) != 1) | carries[starts] | ~carries[ends])
+        _add(
+            mask,
+            rows,
+            changed | (_per_row(begins, starts) != origin["turns"].to_numpy()) | carries[starts] | ~carries[ends],
+        )
         if bos is not None:
             _add(wrong_bos, rows, (_per_row(ids == bos, starts) != wanted) | ((ids[starts] != bos) & (wanted > 0)))
     name = repr(prompt.template[3])

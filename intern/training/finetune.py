@@ -15,6 +15,7 @@ from transformers import (
     PrinterCallback,
 )
 
+from intern.data.tokenize import turns
 from intern.errors import RunError, UserError
 from intern.evaluation.metrics import token_f1
 from intern.inference.generate import build_generation, generate
@@ -256,7 +257,17 @@ def _answered(model: Any, plan: TrainingPlan, count: int, batch_size: int) -> li
     questions = list(chosen["question"])
     materials = list(chosen["chunk_text"]) if plan.prompt.scores_with_material else None
     generation = build_generation({"max_new_tokens": _SAMPLE_TOKENS, "do_sample": False}, plan.prompt, plan.tokenizer)
-    answers = generate(model, plan.tokenizer, plan.prompt, generation, questions, materials, batch_size)
+    answers = generate(
+        model,
+        plan.tokenizer,
+        plan.prompt,
+        generation,
+        questions,
+        materials,
+        batch_size,
+        histories=[turns(history) for history in chosen["history"]],
+        systems=list(chosen["system"]),
+    )
     return [
         {"question": question, "reference": reference, "answer": answer}
         for question, reference, (answer, _) in zip(questions, chosen["answer"], answers, strict=True)
@@ -270,7 +281,6 @@ def _with_absolute_paths(cfg: DictConfig, plan: TrainingPlan) -> DictConfig:
     OmegaConf.set_struct(cfg, False)
     cfg.pop("resume", None)
     cfg.model.pretrained_model_name_or_path = plan.base.name
-    cfg.data.train_file = str(plan.train_file.path)
-    if plan.eval_file is not None:
-        cfg.data.eval_file = str(plan.eval_file.path)
+    cfg.data.pop("sample", None)
+    cfg.data.update(plan.data.values)
     return cfg

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 from datasets import Dataset
 from omegaconf import DictConfig
 from peft import LoraConfig
@@ -11,9 +10,11 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from intern.config.build import build, plain
-from intern.data.files import DataFile, Tokenized, read_rows, tokenize
+from intern.data.files import DataFile
+from intern.data.prepare import Prepared, located, prepare
 from intern.data.prompt import Prompt
 from intern.data.settings import DataConfig
+from intern.data.tokenize import Tokenized
 from intern.memory.callback import FitMemory
 from intern.model.base import Base
 from intern.model.lora import build_lora
@@ -23,8 +24,6 @@ from intern.runs.directory import Run
 from intern.training.rules import Shape, batches_need_no_padding, check_shape, check_values
 from intern.training.trackers import check_logger
 from intern.training.trainer import AUTO, StepRules, build_rules, build_training_args
-
-_LONG_DATA = 20_000  # rows from which tokenizing is worth a progress bar
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,27 @@ class TrainingPlan:
     tokenizer: PreTrainedTokenizerBase
     prompt: Prompt
     logger: dict[str, Any]
-    train_file: DataFile
-    eval_file: DataFile | None
-    train: Tokenized
-    eval_rows: Dataset | None
-    eval: Tokenized | None
+    data: Prepared
 
     @property
     def files(self) -> list[DataFile]:
         """The data files that the run depends on."""
-        return [file for file in (self.train_file, self.eval_file) if file is not None]
+        return self.data.files
+
+    @property
+    def train(self) -> Tokenized:
+        """The training rows as tokens."""
+        return self.data.train_tokens
+
+    @property
+    def eval_rows(self) -> Dataset | None:
+        """The golden rows as text."""
+        return self.data.golden.rows if self.data.golden is not None else None
+
+    @property
+    def eval(self) -> Tokenized | None:
+        """The golden rows as tokens."""
+        return self.data.golden_tokens
 
 
 def build_plan(cfg: DictConfig, run: Run) -> TrainingPlan:
@@ -61,29 +71,19 @@ def build_plan(cfg: DictConfig, run: Run) -> TrainingPlan:
     rules = build_rules(cfg.trainer)
     lora = build_lora(cfg.lora)
     quant = build_quant(cfg.quant)
-    data = build(DataConfig, plain(cfg.data), "data")
-    train_file = DataFile.find(data.train_file, "data.train_file")
-    eval_file = DataFile.find(data.eval_file, "data.eval_file") if data.eval_file else None
+    data = located(build(DataConfig, plain(cfg.data), "data"))
     trainer = values["trainer"]
     compute_dtype = quant.bnb_4bit_compute_dtype if quant is not None else None
     precision = plan_training(bool(trainer.get("use_cpu")), trainer.get("fp16"), trainer.get("bf16"), compute_dtype)
-    args = build_training_args(cfg.trainer, run, precision, cfg.seed, evaluates=eval_file is not None)
+    args = build_training_args(cfg.trainer, run, precision, cfg.seed, evaluates=data.data.evaluates)
     base = Base(cfg.model)
     base.check_fit(quant, precision)
     tokenizer = base.tokenizer()
     shape = Shape(base.config, base.skeleton, tokenizer)
     check_shape(values, shape, lora)
     args.padding_free = args.padding_free or batches_need_no_padding(values, lambda: shape)
-    prompt = Prompt.from_tokenizer(tokenizer, data.system_prompt, data.context)
-    train_rows = read_rows(train_file, needs_material=data.context != "never")
-    eval_rows = read_rows(eval_file, needs_material=data.context != "never") if eval_file is not None else None
-    if len(train_rows) < _LONG_DATA:
-        datasets.disable_progress_bars()
-    length = int(trainer["max_length"])
-    train = tokenize(train_rows, tokenizer, prompt, length, data.num_proc, train_file.path.name)
-    evaluated = None
-    if eval_rows is not None and eval_file is not None:
-        evaluated = tokenize(eval_rows, tokenizer, prompt, length, data.num_proc, eval_file.path.name, scoring=True)
+    prompt = Prompt.from_tokenizer(tokenizer, data.data.system_prompt or "", data.data.context)
+    prepared = prepare(data, tokenizer, prompt, int(trainer["max_length"]))
     memory = None
     if args.activation_checkpointing and precision.device == "cuda":
         memory = FitMemory(run, every_layer=trainer["activation_checkpointing"] != AUTO, cuda_graphs=rules.cuda_graphs)
@@ -98,9 +98,5 @@ def build_plan(cfg: DictConfig, run: Run) -> TrainingPlan:
         tokenizer=tokenizer,
         prompt=prompt,
         logger=logger,
-        train_file=train_file,
-        eval_file=eval_file,
-        train=train,
-        eval_rows=eval_rows,
-        eval=evaluated,
+        data=prepared,
     )

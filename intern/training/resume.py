@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from intern.config.build import plain
+from intern.data.settings import with_defaults
 from intern.errors import UserError
 from intern.runs.directory import Run
 
@@ -89,9 +90,11 @@ def _refusal(key: str, run: Run) -> str:
 
 def _flat(cfg: DictConfig) -> dict[str, Any]:
     """{"lora.r": 16, ...} of a configuration of groups."""
+    groups = plain(cfg)
+    groups["data"] = with_defaults(groups["data"])  # a run from before a key was there has its default
     return {
         f"{group}.{key}" if key else group: value
-        for group, values in plain(cfg).items()
+        for group, values in groups.items()
         if group != "resume"
         for key, value in (values.items() if isinstance(values, dict) else [("", values)])
     }

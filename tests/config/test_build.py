@@ -11,6 +11,7 @@ from trl import SFTConfig
 
 from intern.config.build import build
 from intern.data.prompt import Prompt
+from intern.data.settings import DataConfig, resolved
 from intern.errors import UserError
 from intern.inference.generate import build_generation
 from intern.model.base import Base
@@ -19,7 +20,6 @@ from intern.model.precision import Precision
 from intern.model.quant import build_quant
 from intern.paths import CONF_DIR
 from intern.runs.directory import Run
-from intern.training.finetune import DataConfig
 from intern.training.trackers import check_logger
 from intern.training.trainer import build_rules, build_training_args
 
@@ -90,7 +90,7 @@ def test_every_logger_builds(name):
 
 @pytest.mark.parametrize("name", GROUPS["data"])
 def test_every_data_group_builds(name):
-    data = build(DataConfig, OmegaConf.to_container(composed(f"data={name}").data), "data")
+    data = resolved(build(DataConfig, OmegaConf.to_container(composed(f"data={name}").data), "data"))
     assert data.context == "never" and "Intern" in data.system_prompt
 
 

@@ -9,8 +9,9 @@ import pytest
 from helpers import ROOT
 from omegaconf import OmegaConf
 
-from intern.data.files import DataFile, checked_row, read_rows, tokenize
+from intern.data.files import DataFile, checked_row, read_rows
 from intern.data.prompt import IGNORED, Prompt
+from intern.data.tokenize import tokenize
 from intern.errors import UserError
 from intern.model.base import Base
 
@@ -55,9 +56,9 @@ def test_material_may_be_missing_where_it_is_not_shown(rows_file):
         (json.dumps({"question": "q"}), "field 'answer' is missing"),
         (json.dumps({"question": "q", "answer": None}), "field 'answer' is missing"),
         (json.dumps({"question": "q", "answer": "  "}), "field 'answer' is empty"),
-        (json.dumps({"question": 3, "answer": "a"}), "field 'question' is int, not text"),
+        (json.dumps({"question": True, "answer": "a"}), "field 'question' is bool, not text"),
         (json.dumps({"question": "q", "answer": ["a"]}), "field 'answer' is list, not text"),
-        (json.dumps({"question": "q", "answer": "a", "chunk_text": 1}), "field 'chunk_text' is int"),
+        (json.dumps({"question": "q", "answer": "a", "chunk_text": {}}), "field 'chunk_text' is dict"),
         (json.dumps({"question": "q", "answer": "a", "seen_chunk": "yes"}), "field 'seen_chunk' is str"),
         ('{"question": "q", "answer": "half \\ud83d"}', "half a surrogate pair"),
         ('{"question": "q", "answer": "a\\u0000b"}', "NUL"),
@@ -125,7 +126,7 @@ def test_rows_that_do_not_fit_are_dropped_counted_and_named(rows_file, tokenizer
     assert (len(tokens.rows), tokens.dropped, tokens.shortened) == (2, [2], 1)
     assert max(map(len, tokens.rows["input_ids"])) == 200
     assert "my.jsonl: 1 rows dropped" in caplog.text and "rows 2" in caplog.text
-    assert "1 rows lost the end of their material" in caplog.text
+    assert "1 rows lost the end of their context" in caplog.text
 
 
 def test_no_row_that_fits_is_an_error(rows_file, tokenizer):

@@ -16,9 +16,9 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from intern import preview as command
-from intern.data.files import Tokenized
 from intern.data.packing import build_collator
 from intern.data.prompt import IGNORED
+from intern.data.tokenize import Tokenized
 from intern.errors import UserError
 from intern.inspection.check import AMBER, GREEN, RED
 from intern.inspection.near_duplicates import NearTexts, words

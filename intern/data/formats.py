@@ -1,0 +1,398 @@
+"""Row formats: a row of somebody's table -> a conversation.
+
+One entry in `FORMATS` per format: the columns that it reads, by which it is also recognized, and a function that makes the conversation.
+Adding a format means adding an entry here (`register` does it from outside the package) and naming it in conf/data/train_jsonl.yaml.
+"""
+
+import difflib
+import functools
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from intern.data.readers import Number, columns_of
+from intern.errors import UserError
+
+AUTO = "auto"
+# Columns that every format reads if they are there: slot -> names, the first of which messages use.
+SHARED: dict[str, tuple[str, ...]] = {
+    "system": ("system", "system_prompt"),
+    "context": ("chunk_text", "context"),
+    "document": ("chunk_id", "document", "document_id", "doc_id"),
+    "topic": ("topic",),
+    "seen_chunk": ("seen_chunk",),
+}
+_STRICT = {
+    "chunk_text",
+    "chunk_id",
+    "topic",
+}  # our own names: another type than text is a mistake, not another's column
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+
+
+class Turn(NamedTuple):
+    """What a user asks and what the assistant answers."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The conversation of a row. Every answer may carry loss; the context belongs to the last question."""
+
+    turns: Sequence[Turn]  # at least one
+    system: str | None = None  # instead of data.system_prompt
+
+
+class Fields:
+    """A row's values by slot, whatever its columns are called; a value of the wrong kind is named with its place."""
+
+    def __init__(self, row: Mapping[str, Any], names: Mapping[str, str], shown: Mapping[str, str], place: str) -> None:
+        self._row, self._names, self._shown, self.place = row, names, shown, place
+
+    def value(self, slot: str) -> Any:
+        """The raw value, or None if the row has none."""
+        return self._row.get(self._names.get(slot, ""))
+
+    def text(self, slot: str, reason: str = "") -> str:
+        """A text that must be there.
+
+        Args:
+            slot: the slot, such as "question".
+            reason: why it must be there, for the message.
+
+        Raises:
+            UserError: it is missing, empty or not text.
+        """
+        text = self.optional(slot)
+        if text is None:
+            raise UserError(f"{self.place}: field {self.name(slot)!r} is missing{reason}")
+        if not text.strip():
+            raise UserError(f"{self.place}: field {self.name(slot)!r} is empty")
+        return text
+
+    def optional(self, slot: str) -> str | None:
+        """A text, None if the row has none; a number is taken as its text."""
+        return checked_text(self.value(slot), f"{self.place}: field {self.name(slot)!r}")
+
+    def lenient(self, slot: str) -> str | None:
+        """Like `optional`, but None for another type in a column that was only guessed to be this slot."""
+        value = self.value(slot)
+        guessed = self._names.get(slot) not in _STRICT and slot not in self._shown
+        return None if guessed and not isinstance(value, str | int | float) else self.optional(slot)
+
+    def name(self, slot: str) -> str:
+        """The column's name as the user knows it."""
+        return self._names.get(slot) or self._shown.get(slot) or SHARED.get(slot, (slot,))[0]
+
+    def item(self, item: Any, slot: str, index: int) -> Any:
+        """A field of the object at a place of a list, such as a message's role."""
+        if not isinstance(item, Mapping):
+            raise UserError(f"{self.place}: entry {index} is {_kind(item)}, not an object with {self.name(slot)}")
+        name = self._shown.get(slot, slot)
+        if name not in item:
+            raise UserError(f"{self.place}: entry {index} has no {name!r}; it has {columns_of(item)}")
+        return item[name]
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How rows of one format are recognized and read.
+
+    Attributes:
+        slots: what it reads beyond `SHARED`, each with the column names that it takes by itself; `data.columns` renames any of them.
+        required: the slots whose columns tell that a table has this format.
+        read: makes the conversation of one row.
+        inside: names inside list entries, such as role and content, which `data.columns` renames too.
+    """
+
+    name: str
+    slots: Mapping[str, tuple[str, ...]]
+    required: tuple[str, ...]
+    read: Callable[[Fields], Conversation]
+    inside: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """What makes cached rows stale: the code that reads them, by content."""
+        module = inspect.getmodule(self.read)
+        source = inspect.getsource(module) if module is not None else repr(self.read.__code__.co_code)
+        return hashlib.sha256(source.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """The part of conf/data that says how a row is read."""
+
+    format: str = AUTO
+    columns: Mapping[str, str] = field(default_factory=dict)  # slot -> the user's column name
+    needs_context: bool = False  # data.context is always or mixed: each row must have a context
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The format of a table, and which of its columns fill which slot."""
+
+    format: RowFormat
+    settings: RowSettings
+
+    def fields(self, row: Mapping[str, Any], place: str) -> Fields:
+        """The values of a row by slot."""
+        return Fields(row, _names(self.format, self.settings, tuple(row)), self.settings.columns, place)
+
+    def describe(self, row: Mapping[str, Any]) -> str:
+        """ "qa (question: Frage, answer: Antwort)", for a person."""
+        names = _names(self.format, self.settings, tuple(row))
+        parts = [f"{slot}: {name}" if slot != name else name for slot, name in names.items()]
+        return f"{self.format.name} ({', '.join(parts)})"
+
+
+def conversation_row(layout: Layout, row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Read one row as the dataset of rows holds it: the last turn, the turns before it, and what belongs to the row.
+
+    Raises:
+        UserError: beginning with `place`, if something is missing, empty or of the wrong type.
+    """
+    fields = layout.fields(row, place)
+    conversation = layout.format.read(fields)
+    context: str | None
+    if layout.settings.needs_context:
+        context = fields.text("context", " (data.context shows it; data.context=never does without)")
+    else:
+        context = fields.lenient("context")
+    seen = fields.value("seen_chunk")
+    if not isinstance(seen or False, bool):
+        if not isinstance(seen, str) or seen.lower() not in ("true", "false"):  # a CSV file has only text
+            raise UserError(f"{place}: field {fields.name('seen_chunk')!r} is {_kind(seen)}, not true or false")
+        seen = seen.lower() == "true"
+    system = conversation.system if conversation.system is not None else fields.lenient("system")
+    return {
+        "system": system if system and system.strip() else None,
+        "history": [turn._asdict() for turn in conversation.turns[:-1]] or None,
+        "question": conversation.turns[-1].question,
+        "answer": conversation.turns[-1].answer,
+        "chunk_text": context,
+        "chunk_id": fields.lenient("document"),
+        "topic": fields.lenient("topic"),
+        "seen_chunk": seen,
+    }
+
+
+def detect(row: Mapping[str, Any], settings: RowSettings, place: str) -> Layout:
+    """Choose the format of a table: the given one, or the first whose required columns its first row has.
+
+    Raises:
+        UserError: no such format, no format that fits, or `data.columns` names what no format reads.
+    """
+    if settings.format != AUTO and settings.format not in FORMATS:
+        near = difflib.get_close_matches(settings.format, FORMATS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"must be {AUTO}, {', '.join(FORMATS)}"
+        raise UserError(f"data.format={settings.format}: {hint}")
+    candidates = list(FORMATS.values()) if settings.format == AUTO else [FORMATS[settings.format]]
+    _check_columns(settings, candidates)
+    for one in candidates:
+        known = _slots(one) | set(one.inside)
+        if settings.format != AUTO or (
+            set(settings.columns) <= known and set(one.required) <= _names(one, settings, tuple(row)).keys()
+        ):
+            layout = Layout(one, settings)
+            for slot, name in settings.columns.items():
+                if slot in one.required and slot not in _names(one, settings, tuple(row)):
+                    raise UserError(f"data.columns: {place} has no column {name!r}; it has {columns_of(row)}")
+            return layout
+    if set(row) & {name for names in FORMATS["qa"].slots.values() for name in names}:
+        return Layout(FORMATS["qa"], settings)  # half a row: reading it says which column is missing
+    raise UserError(
+        f"{place}: columns {columns_of(row)} are of no known row format: name the question and the answer with "
+        "data.columns='{question: NAME, answer: NAME}', or give data.format "
+        f"({', '.join(FORMATS)})"
+    )
+
+
+def _check_columns(settings: RowSettings, candidates: Iterable[RowFormat]) -> None:
+    known = {slot for one in candidates for slot in (*_slots(one), *one.inside)}
+    for slot in settings.columns:
+        if slot not in known:
+            near = difflib.get_close_matches(slot, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            raise UserError(f"data.columns: {slot} is nothing that a row has; {hint}")
+
+
+def _slots(one: RowFormat) -> set[str]:
+    return {*one.slots, *SHARED}
+
+
+def _names(one: RowFormat, settings: RowSettings, columns: tuple[str, ...]) -> Mapping[str, str]:
+    return _matched(tuple((SHARED | dict(one.slots)).items()), tuple(settings.columns.items()), columns)
+
+
+@functools.lru_cache(maxsize=256)
+def _matched(
+    slots: tuple[tuple[str, tuple[str, ...]], ...], renamed: tuple[tuple[str, str], ...], columns: tuple[str, ...]
+) -> Mapping[str, str]:
+    """Slot -> the column that fills it: the user's name, else a name of the slot; exactly, else in other capitals."""
+    folded = {name.strip().casefold(): name for name in reversed(columns)}
+    found: dict[str, str] = {}
+    given = dict(renamed)
+    for slot, names in slots:
+        for name in (given[slot],) if slot in given else names:
+            if (column := name if name in columns else folded.get(name.strip().casefold())) is not None:
+                if slot in given or column not in given.values():
+                    found[slot] = column
+                break
+    return found
+
+
+def checked_text(value: Any, what: str) -> str | None:
+    """A text, None for a missing one; UserError, beginning with `what`, for anything else."""
+    if isinstance(value, Number):
+        return str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{what} is {_kind(value)}, not text")
+    if value and ("\x00" in value or any("\ud800" <= character <= "\udfff" for character in value)):
+        raise UserError(f"{what} has a character that is no text (NUL or half a surrogate pair)")
+    return value
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Number):
+        return "a number"
+    return "missing" if value is None else type(value).__name__
+
+
+# --- The formats ---
+
+
+def _qa(fields: Fields) -> Conversation:
+    return Conversation([Turn(fields.text("question"), fields.text("answer"))])
+
+
+def _alpaca(fields: Fields) -> Conversation:
+    instruction, more = fields.text("instruction"), fields.optional("input")
+    question = f"{instruction.strip()}\n\n{more.strip()}" if more and more.strip() else instruction
+    history = []
+    for index, pair in enumerate(fields.value("history") or [], 1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise UserError(f"{fields.place}: {fields.name('history')} {index} is not a pair of instruction and output")
+        texts = [_content(text, fields.place, index) for text in pair]
+        history.append(Turn(texts[0], texts[1]))
+    return Conversation([*history, Turn(question, fields.text("output"))])
+
+
+def _messages(fields: Fields) -> Conversation:
+    return conversation(_entries(fields, fields.value("messages"), "messages", "role", "content"), fields.place)
+
+
+def _sharegpt(fields: Fields) -> Conversation:
+    entries = _entries(fields, fields.value("conversations"), "conversations", "from", "value")
+    return conversation(entries, fields.place)
+
+
+def _prompt_completion(fields: Fields) -> Conversation:
+    prompt, completion = fields.value("prompt"), fields.value("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        both = [_entries(fields, part, name, "role", "content") for part, name in ((prompt, "prompt"), (completion, "completion"))]  # fmt: skip
+        return conversation([*both[0], *both[1]], fields.place)
+    return Conversation([Turn(fields.text("prompt"), fields.text("completion"))])
+
+
+def _entries(fields: Fields, entries: Any, slot: str, role: str, content: str) -> list[tuple[str, str]]:
+    if isinstance(entries, Mapping) and entries and all(isinstance(column, list) for column in entries.values()):
+        entries = [dict(zip(entries, values, strict=False)) for values in zip(*entries.values(), strict=False)]
+    if not isinstance(entries, list):
+        raise UserError(f"{fields.place}: field {fields.name(slot)!r} is {_kind(entries)}, not a list of messages")
+    found = []
+    for index, entry in enumerate(entries, 1):
+        name = fields.item(entry, role, index)
+        text = fields.item(entry, content, index)
+        found.append((str(name), _content(text, fields.place, index)))
+    return found
+
+
+def _content(value: Any, place: str, index: int) -> str:
+    """A message's text, whole or as a list of its text parts."""
+    if isinstance(value, list):
+        found = [part.get("text") if isinstance(part, Mapping) else part for part in value]
+        parts = [part for part in found if isinstance(part, str)]
+        if len(parts) < len(found):
+            raise UserError(f"{place}: message {index} has parts that are not text: only text can be trained on")
+        value = "".join(parts)
+    text = checked_text(value, f"{place}: message {index}")
+    if text is None or not text.strip():
+        raise UserError(f"{place}: message {index} is {'missing' if text is None else 'empty'}")
+    return text
+
+
+def conversation(messages: Sequence[tuple[str, str]], place: str) -> Conversation:
+    """A list of (role, text) -> a conversation: a system message or none, then user and assistant in turn.
+
+    Raises:
+        UserError: beginning with `place`: an unknown role, or messages in another order.
+    """
+    system = None
+    rest: list[tuple[str, str]] = []
+    for index, (name, text) in enumerate(messages, 1):
+        role = _ROLES.get(name.strip().lower())
+        if role is None:
+            raise UserError(
+                f"{place}: message {index} has the role {name!r}: only system, user and assistant are known"
+            )
+        if role == "system":
+            if index > 1:
+                raise UserError(f"{place}: message {index} is a system message: only the first may be")
+            system = text
+            continue
+        wanted = "assistant" if len(rest) % 2 else "user"
+        if role != wanted:
+            raise UserError(f"{place}: message {index} is of {role}, where one of {wanted} belongs")
+        rest.append((role, text))
+    if not rest or len(rest) % 2:
+        ends = "ends with a question that has no answer" if rest else "has no messages of user and assistant"
+        raise UserError(f"{place}: {ends}: delete the last message, or the row")
+    texts = [text for _, text in rest]
+    return Conversation([Turn(*pair) for pair in zip(texts[::2], texts[1::2], strict=True)], system)
+
+
+FORMATS: dict[str, RowFormat] = {}
+
+
+def register(one: RowFormat) -> None:
+    """Add a format, or replace the one of the same name; `data.format=NAME` and auto-detection know it from then on."""
+    FORMATS[one.name] = one
+
+
+for _one in (
+    RowFormat("qa", {"question": ("question",), "answer": ("answer",)}, ("question", "answer"), _qa),
+    RowFormat("messages", {"messages": ("messages",)}, ("messages",), _messages, ("role", "content")),
+    RowFormat("sharegpt", {"conversations": ("conversations", "conversation")}, ("conversations",), _sharegpt, ("from", "value")),
+    RowFormat(
+        "alpaca",
+        {"instruction": ("instruction",), "input": ("input",), "output": ("output",), "history": ("history",)},
+        ("instruction", "output"),
+        _alpaca,
+    ),
+    RowFormat(
+        "prompt_completion",
+        {"prompt": ("prompt",), "completion": ("completion", "response")},
+        ("prompt", "completion"),
+        _prompt_completion,
+        ("role", "content"),
+    ),
+):  # fmt: skip
+    register(_one)

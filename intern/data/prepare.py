@@ -1,0 +1,116 @@
+"""conf/data -> the rows that a run trains on and is scored on: found, checked, and tokenized."""
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from intern.data.files import DataFile
+from intern.data.prompt import Prompt
+from intern.data.settings import DataConfig, resolved
+from intern.data.sources import RowSet, Source, absolute, locate, read_sources
+from intern.data.split import hold_out
+from intern.data.tokenize import Tokenized, tokenize
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Located:
+    """What conf/data names: everything is there, nothing is read yet."""
+
+    data: DataConfig  # without any `auto`
+    train: list[Source]
+    golden: list[Source]
+
+    def read(self) -> tuple[RowSet, RowSet | None]:
+        """Read and check the training rows and the golden rows.
+
+        Raises:
+            UserError: naming file and row, if one is not as it must be.
+            RunError: the cache cannot be written.
+        """
+        data = self.data
+        train = read_sources(self.train, data, data.split)
+        if data.eval_share:
+            rows, held = hold_out(train.rows, data.eval_share, data.seed)
+            return replace(train, rows=rows), replace(train, rows=held, name=f"held-out rows of {train.name}")
+        return train, read_sources(self.golden, data, data.eval_split) if self.golden else None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Training and golden rows as texts and as tokens."""
+
+    data: DataConfig
+    train: RowSet
+    train_tokens: Tokenized
+    golden: RowSet | None
+    golden_tokens: Tokenized | None
+
+    @property
+    def files(self) -> list[DataFile]:
+        """The data files that the run depends on."""
+        golden = self.golden if not self.data.eval_share else None
+        return [*self.train.files, *(golden.files if golden is not None else ())]
+
+    @property
+    def found(self) -> str:
+        """What was detected: "train.jsonl: 1,166 rows, qa (question, answer)", one line for a person."""
+        parts = [f"{self.train.name}: {len(self.train.rows):,} rows, {'; '.join(self.train.formats)}"]
+        if self.golden is not None:
+            parts.append(f"{self.golden.name}: {len(self.golden.rows):,} golden rows")
+        return "; ".join(parts)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The values of conf/data as the run directory stores them: no `auto`, and paths that mean the same everywhere."""
+        values: dict[str, Any] = {
+            "train_file": _names(self.train.files),
+            "eval_file": None if self.data.eval_share or self.golden is None else _names(self.golden.files),
+            "system_prompt": self.data.system_prompt,
+        }
+        if self.data.weights is not None:  # one weight per entry, whatever a glob has become
+            values["train_file"] = [absolute(name) for name in self.data.train_files]
+        return values
+
+
+def located(data: DataConfig) -> Located:
+    """Find what conf/data names, without reading it.
+
+    Raises:
+        UserError: a file that is not there, or values that contradict each other.
+    """
+    data = resolved(data)
+    return Located(data, locate(data.train_files, "data.train_file"), locate(data.eval_files, "data.eval_file"))
+
+
+def prepare(found: Located, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_length: int) -> Prepared:
+    """Read, check and tokenize the training rows and the golden rows.
+
+    Args:
+        found: as `located` returns it.
+        tokenizer: the model's.
+        prompt: how a row is shown.
+        max_length: the most tokens of a row.
+
+    Raises:
+        UserError: naming file and row, if a row is not as it must be, or no row fits.
+        RunError: the cache cannot be written.
+    """
+    data = found.data
+    train, golden = found.read()
+
+    def tokens(rows: RowSet, scoring: bool) -> Tokenized:
+        return tokenize(rows.rows, tokenizer, prompt, max_length, data.num_proc, rows.name, scoring, data.loss_on)
+
+    golden_tokens = tokens(golden, scoring=True) if golden is not None else None
+    prepared = Prepared(data, train, tokens(train, scoring=False), golden, golden_tokens)
+    log.info("%s", prepared.found)
+    return prepared
+
+
+def _names(files: tuple[DataFile, ...]) -> str | list[str]:
+    names = [str(file.path) for file in files]
+    return names[0] if len(names) == 1 else names
