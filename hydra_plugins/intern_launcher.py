@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import queue
+import shlex
 import signal
 import subprocess
 import sys
@@ -147,7 +148,10 @@ class ProcessLauncher(CommandLauncher):
         with self._handing_on_signals(), ThreadPoolExecutor(len(names)) as pool:
             list(pool.map(work, jobs))
         if self._signal:
-            log.warning("sweep stopped: the same command with hydra.sweep.dir=%s goes on", self.config.hydra.sweep.dir)
+            log.warning(
+                "sweep stopped: the same command with %s goes on",
+                shlex.quote(f"hydra.sweep.dir={self.config.hydra.sweep.dir}"),
+            )
             sys.exit(128 + self._signal)
 
     def _run(self, job: Job, device: str | None, quiet: bool) -> None:

@@ -10,7 +10,7 @@ from intern.model.preload import importing
 from intern.runs.directory import resolve
 
 
-@command("query", free_text=("question", "context"))
+@command("query")
 def main(cfg: DictConfig) -> None:
     """Answers a question with a finished run."""
     run = resolve(cfg.run_dir)

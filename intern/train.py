@@ -6,7 +6,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from intern.cli import sweep
-from intern.cli.command import command, quoted
+from intern.cli.command import command, quoted, text_of
 from intern.errors import UserError
 from intern.model.preload import importing
 from intern.runs.directory import Run, stopped
@@ -14,7 +14,7 @@ from intern.runs.directory import Run, stopped
 
 def _in_place(arguments: list[str]) -> list[str]:
     """resume=RUN_DIR: Hydra's output directory becomes the run itself, and what Hydra wrote there at its start stays."""
-    asked = [text.partition("=")[2].strip("\"'") for text in arguments if text.startswith("resume=")]
+    asked = [text_of(text) for text in arguments if text.startswith("resume=")]
     if not asked or asked[-1] == "null":
         return arguments
     if {"-m", "--multirun"} & set(arguments):

@@ -7,16 +7,17 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from intern.cli import sweep
@@ -26,6 +27,37 @@ from intern.paths import CONF_DIR
 
 log = logging.getLogger(__name__)
 
+# Keys of every command whose values are a person's words or paths.
+WORDS = frozenset(
+    {
+        "against",
+        "base_model",
+        "context",
+        "data.eval_file",
+        "data.system_prompt",
+        "data.train_file",
+        "eval_file",
+        "harness.include_path",
+        "html",
+        "hydra.run.dir",
+        "hydra.sweep.dir",
+        "lengths",
+        "logger.name",
+        "logger.project",
+        "model.pretrained_model_name_or_path",
+        "model.quantized_cache",
+        "name",
+        "output_dir",
+        "question",
+        "resume",
+        "run_dir",
+        "train_file",
+    }
+)
+_LISTS = {"data.eval_file", "data.train_file"}  # may hold several: [a,b]
+_SWEPT = ("data.", "model.", "logger.")  # groups whose keys a sweep may give several values, separated by commas
+_INTERPOLATED = {"hydra.run.dir", "hydra.sweep.dir", "model.quantized_cache"}  # ${now:...} is Hydra's in these
+_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
@@ -37,8 +69,10 @@ def command(
     Args:
         config_name: the primary config.
         prepare: changes the command line before Hydra reads it.
-        free_text: keys whose values are a person's words: they need no quoting against Hydra's grammar beyond the shell's.
+        free_text: the command's own keys whose values are a person's words or paths, beside `WORDS`: they are taken literally, without
+            quoting against Hydra's grammar beyond the shell's.
     """
+    words = WORDS | set(free_text)
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
@@ -72,7 +106,7 @@ def command(
         def main() -> None:
             logging.raiseExceptions = False  # a log file on a full disk must not hide what is said about it
             try:
-                sys.argv[1:] = prepare([_free(argument, free_text) for argument in sys.argv[1:]])
+                sys.argv[1:] = prepare(literal(sys.argv[1:], words))
                 with _full_errors("1"):  # Hydra hands its own errors on instead of printing them
                     job()
             except (HydraException, OmegaConfBaseException, UserError) as error:
@@ -111,22 +145,46 @@ def _full_errors(value: str | None) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def _free(argument: str, keys: tuple[str, ...]) -> str:
-    """`question=What's up, Uber?` as Hydra takes it; a value that is quoted already, or null, stays as it is."""
+def literal(arguments: Sequence[str], words: Collection[str] = WORDS) -> list[str]:
+    """A command line as Hydra takes it: values of `words` mean their characters, whatever those are to Hydra's grammar.
+
+    Values that stay as they are: null, one text wholly in one pair of quotes (Hydra removes them), the list [a.jsonl,b.jsonl] for a key of
+    several files, and in a sweep (--multirun) what has a comma, which separates the values of different jobs there.
+    """
+    sweeps = bool({"-m", "--multirun"} & set(arguments))
+    return [_literal(argument, words, sweeps) for argument in arguments]
+
+
+def _literal(argument: str, words: Collection[str], sweeps: bool) -> str:
     key, sign, value = argument.partition("=")
-    if (
-        key not in keys
-        or not sign
-        or value == "null"
-        or (len(value) > 1 and value[0] == value[-1] and value[0] in "\"'")
-    ):
+    name = key.lstrip("+")
+    is_list = name in _LISTS and value.startswith("[") and value.endswith("]") and not Path(value).exists()
+    is_swept = sweeps and "," in value and name.startswith(_SWEPT)
+    if name not in words or not sign or value == "null" or is_list or is_swept or _QUOTED.fullmatch(value):
         return argument
-    return quoted(key, value)
+    return f"{key}={_as_text(value, keep_interpolations=name in _INTERPOLATED)}"
 
 
 def quoted(key: str, value: str) -> str:
     """`key=value` as an override that means these characters and nothing else."""
-    return f"{key}={QuotedString(value.replace('${', chr(92) + '${'), Quote.double).with_quotes()}"
+    return f"{key}={_as_text(value)}"
+
+
+def text_of(argument: str) -> str:
+    """The value of `key=value`, without the quotes that Hydra would remove."""
+    value = argument.partition("=")[2]
+    if not _QUOTED.fullmatch(value):
+        return value
+    parsed = OverridesParser.create().parse_override(f"x={value}").value()
+    text = parsed.text if isinstance(parsed, QuotedString) else str(parsed)
+    return str(OmegaConf.create({"value": text}).value)
+
+
+def _as_text(value: str, keep_interpolations: bool = False) -> str:
+    if not keep_interpolations:
+        # OmegaConf reads two backslashes before ${ as one backslash: those that are there are doubled, and one more makes ${ text.
+        value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return QuotedString(value, Quote.double).with_quotes()
 
 
 def _located(message: str) -> str:

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import logging
 import math
+import shlex
 import sys
 import traceback
 from dataclasses import dataclass
@@ -64,7 +65,9 @@ def failed(error: Exception) -> float:
 def stopped(hydra: HydraConf) -> None:
     """Says how a sweep that was interrupted goes on."""
     log.warning(
-        "sweep stopped at job %d: the same command with hydra.sweep.dir=%s goes on", hydra.job.num, hydra.sweep.dir
+        "sweep stopped at job %d: the same command with %s goes on",
+        hydra.job.num,
+        shlex.quote(f"hydra.sweep.dir={hydra.sweep.dir}"),
     )
 
 

@@ -157,7 +157,8 @@ class Layout:
     def describe(self, row: Mapping[str, Any]) -> str:
         """ "qa (question: Frage, answer: Antwort)", for a person."""
         names = _names(self.format, self.settings, tuple(row))
-        parts = [f"{slot}: {name}" if slot != name else name for slot, name in names.items()]
+        slots = [slot for slot in (*self.format.slots, *SHARED) if slot in names]
+        parts = [f"{slot}: {names[slot]}" if slot != names[slot] else slot for slot in slots]
         return f"{self.format.name} ({', '.join(parts)})"
 
 
@@ -209,11 +210,11 @@ def detect(row: Mapping[str, Any], settings: RowSettings, place: str) -> Layout:
         if settings.format != AUTO or (
             set(settings.columns) <= known and set(one.required) <= _names(one, settings, tuple(row)).keys()
         ):
-            layout = Layout(one, settings)
-            for slot, name in settings.columns.items():
-                if slot in one.required and slot not in _names(one, settings, tuple(row)):
-                    raise UserError(f"data.columns: {place} has no column {name!r}; it has {columns_of(row)}")
-            return layout
+            return Layout(one, settings)
+    folded = {str(name).strip().casefold() for name in row}
+    for slot, name in settings.columns.items():
+        if any(slot in _slots(one) for one in candidates) and name.strip().casefold() not in folded:
+            raise UserError(f"data.columns: {place} has no column {name!r}; it has {columns_of(row)}")
     if set(row) & {name for names in FORMATS["qa"].slots.values() for name in names}:
         return Layout(FORMATS["qa"], settings)  # half a row: reading it says which column is missing
     raise UserError(

@@ -1,19 +1,19 @@
 """conf/data -> the rows that a run trains on and is scored on: found, checked, and tokenized."""
 
-import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from intern.config.build import build
 from intern.data.files import DataFile
+from intern.data.formats import AUTO
 from intern.data.prompt import Prompt
 from intern.data.settings import DataConfig, resolved
 from intern.data.sources import RowSet, Source, absolute, locate, read_sources
 from intern.data.split import hold_out
 from intern.data.tokenize import Tokenized, tokenize
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ class Located:
             RunError: the cache cannot be written.
         """
         data = self.data
-        train = read_sources(self.train, data, data.split)
+        train = read_sources(self.train, data, training=True)
         if data.eval_share:
             rows, held = hold_out(train.rows, data.eval_share, data.seed)
-            return replace(train, rows=rows), replace(train, rows=held, name=f"held-out rows of {train.name}")
-        return train, read_sources(self.golden, data, data.eval_split) if self.golden else None
+            part = f"{data.eval_share} seed {data.seed}"
+            golden = replace(train, rows=held, name=f"held-out rows of {train.name}", part=f"held out: {part}")
+            return replace(train, rows=rows, part=f"without held out: {part}"), golden
+        return train, read_sources(self.golden, data, training=False) if self.golden else None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,41 @@ def located(data: DataConfig) -> Located:
     return Located(data, locate(data.train_files, "data.train_file"), locate(data.eval_files, "data.eval_file"))
 
 
+def golden_rows(values: Mapping[str, Any], eval_file: str | None, needs_context: bool) -> RowSet | None:
+    """Read the golden rows of a finished run: its file's, or those that it held out of its training rows.
+
+    Args:
+        values: conf/data as the run stores it.
+        eval_file: another golden file, whose format is detected unless the run's columns fit.
+        needs_context: whether every row must have a context.
+
+    Raises:
+        UserError: a file that is gone, or a row that is not as it must be.
+    """
+    data = _stored(values, needs_context)
+    if eval_file is not None:
+        data = replace(data, eval_file=eval_file, eval_share=0.0, format=AUTO, columns=None)
+        return read_sources(locate([eval_file], "eval_file"), data, training=False)
+    return located(data).read()[1] if data.evaluates else None
+
+
+def training_rows(values: Mapping[str, Any]) -> RowSet:
+    """Read the rows that a finished run was trained on, without those that it held out.
+
+    Args:
+        values: conf/data as the run stores it.
+
+    Raises:
+        UserError: a file that is gone, or a row that is not as it must be.
+    """
+    found = located(replace(_stored(values, needs_context=False), eval_file=None))
+    return found.read()[0]
+
+
+def _stored(values: Mapping[str, Any], needs_context: bool) -> DataConfig:
+    return replace(build(DataConfig, dict(values), "data"), context="always" if needs_context else "never")
+
+
 def prepare(found: Located, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_length: int) -> Prepared:
     """Read, check and tokenize the training rows and the golden rows.
 
@@ -106,9 +143,7 @@ def prepare(found: Located, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, 
         return tokenize(rows.rows, tokenizer, prompt, max_length, data.num_proc, rows.name, scoring, data.loss_on)
 
     golden_tokens = tokens(golden, scoring=True) if golden is not None else None
-    prepared = Prepared(data, train, tokens(train, scoring=False), golden, golden_tokens)
-    log.info("%s", prepared.found)
-    return prepared
+    return Prepared(data, train, tokens(train, scoring=False), golden, golden_tokens)
 
 
 def _names(files: tuple[DataFile, ...]) -> str | list[str]:

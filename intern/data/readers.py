@@ -174,17 +174,16 @@ def _json_array(path: Path, file: BinaryIO) -> Iterator[Line]:
 
 
 def _csv(path: Path, file: BinaryIO) -> Iterator[Line]:
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    text = _text_lines(path, file)
+    header = next(text, "")
+    delimiter = max(_DELIMITERS, key=header.count)
     number = 1
     try:
-        header = text.readline(LONGEST_ROW)
-        rest = itertools.chain([header], text)
-        delimiter = max(_DELIMITERS, key=header.count)
         with _long_fields():
-            rows = csv.reader(rest, delimiter=delimiter, strict=True)
+            rows = csv.reader(itertools.chain([header], text), delimiter=delimiter, strict=True)
             names = [name.strip() for name in next(rows, [])]
             for name in names:
-                if names.count(name) > 1:
+                if name and names.count(name) > 1:
                     raise UserError(f"{path}:1: column {name!r} is there twice: rename or delete one")
             number = rows.line_num + 1
             for fields in rows:
@@ -197,12 +196,20 @@ def _csv(path: Path, file: BinaryIO) -> Iterator[Line]:
                         )
                     yield Line(number, place, {k: v or None for k, v in zip(names, fields, strict=True) if k})
                 number = rows.line_num + 1
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 (here or soon after): save the file as UTF-8") from error
     except csv.Error as error:
         raise UserError(
             f"{path}:{number}: not CSV ({error}): a double quote inside a quoted text is written twice"
         ) from error
+
+
+def _text_lines(path: Path, file: BinaryIO) -> Iterator[str]:
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_ROW + 1), b""), 1):
+        if len(line) > LONGEST_ROW:
+            raise UserError(f"{path}:{number}: longer than {LONGEST_ROW >> 20} MiB: is this a table?")
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
 
 
 @contextmanager

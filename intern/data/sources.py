@@ -42,6 +42,15 @@ class RowSet:
     files: tuple[DataFile, ...]
     starts: tuple[int, ...]  # what was added to the row numbers of each file
     formats: tuple[str, ...]  # "qa (question: Frage, answer: Antwort)", each one once
+    part: str = ""  # which rows of the files it has, if not all of them
+
+    @property
+    def file(self) -> DataFile:
+        """The only file, or what stands for several or for a part of one: its name, and a hash of all that it depends on."""
+        if len(self.files) == 1 and not self.part:
+            return self.files[0]
+        digest = hashlib.sha256(json.dumps([self.part, *(file.sha256 for file in self.files)]).encode()).hexdigest()
+        return DataFile(Path(self.name), digest)
 
     def place(self, row: int) -> str:
         """Where a row is: "train.jsonl:17"."""
@@ -84,18 +93,19 @@ def locate(names: Sequence[str], key: str) -> list[Source]:
     return sources
 
 
-def read_sources(sources: Sequence[Source], data: DataConfig, split: str) -> RowSet:
+def read_sources(sources: Sequence[Source], data: DataConfig, training: bool) -> RowSet:
     """Read and check the rows of all sources, one after another; those of each file are cached by its content.
 
     Args:
         sources: as `locate` found them.
         data: how rows are read, how many of them, and the weights of a mixture.
-        split: the split of folders and datasets of the hub.
+        training: whether they are training rows, which alone are mixed and limited; decides the split of folders and datasets of the hub.
 
     Raises:
         UserError: naming file and row, if a row is not as it must be.
         RunError: the cache cannot be written.
     """
+    split = data.split if training else data.eval_split
     files: list[DataFile] = []
     starts: list[int] = []
     found: list[str] = []
@@ -114,10 +124,10 @@ def read_sources(sources: Sequence[Source], data: DataConfig, split: str) -> Row
         first = int(rows[-1]["row"])
     with quiet(True), cache_errors():
         mixed = [concatenate_datasets(parts) if len(parts) > 1 else parts[0] for parts in entries.values()]
-        if data.weights is not None and split == data.split:
+        if data.weights is not None and training:
             mixed = _mixture(mixed, data.weights, data.seed)
         rows = concatenate_datasets(mixed) if len(mixed) > 1 else mixed[0]
-        if data.max_rows is not None and split == data.split:
+        if data.max_rows is not None and training:
             rows = rows.select(range(min(data.max_rows, len(rows))))
     only = str(files[0].path)
     name = f"{len(files)} files" if len(files) > 1 else only if only.startswith(HUB) else files[0].path.name

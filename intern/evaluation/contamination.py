@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from intern.data.files import DataFile, read_rows
+from intern.config.build import plain
+from intern.data.files import DataFile
+from intern.data.prepare import training_rows
+from intern.data.sources import locate
 from intern.errors import UserError
-from intern.paths import find
 from intern.runs.directory import Run
 
 
@@ -33,21 +35,26 @@ def find_overlap(run: Run, golden: Dataset, train_file: str | None) -> Overlap:
     Raises:
         UserError: `train_file` is not the file that the run was trained on.
     """
-    recorded = str(run.read_config().data.train_file)
-    digest = run.read_json(run.environment).get("data", {}).get(recorded)
+    values = plain(run.read_config().data)
+    digests = run.read_json(run.environment).get("data", {})
+    recorded = values["train_file"]
     if train_file is not None:
         file = DataFile.find(train_file, "train_file")
-        if file.sha256 != digest:
+        if file.sha256 != digests.get(str(recorded)):
             raise UserError(
                 f"train_file={train_file}: not the file that {run.path} was trained on (its SHA-256 differs)"
             )
-    elif find(recorded) is None:
+        values["train_file"] = str(file.path)
+    try:
+        sources = locate(
+            values["train_file"] if isinstance(recorded, list) else [values["train_file"]], "data.train_file"
+        )
+    except UserError:
         return _by_marks(golden, f"the training file {recorded} is gone (train_file=... names another place)")
-    else:
-        file = DataFile.find(recorded, "data.train_file of the run")
-        if file.sha256 != digest:
-            return _by_marks(golden, f"the training file {recorded} has changed since the run")
-    trained = read_rows(file, needs_material=False)
+    if not {source.file.sha256 for source in sources if source.file is not None} <= set(digests.values()):
+        return _by_marks(golden, f"the training file {recorded} has changed since the run")
+    training = training_rows(values)
+    trained = training.rows
     pairs = {
         (_plain(question), _plain(answer))
         for question, answer in zip(trained["question"], trained["answer"], strict=True)
@@ -59,7 +66,7 @@ def find_overlap(run: Run, golden: Dataset, train_file: str | None) -> Overlap:
             for question, answer in zip(golden["question"], golden["answer"], strict=True)
         ],
         chunks=[_plain(chunk) in chunks if chunk and chunks else None for chunk in golden["chunk_text"]],
-        told_by=f"By content, against the {len(trained):,} rows of {file.path}.",
+        told_by=f"By content, against the {len(trained):,} rows of {training.file.path}.",
     )
 
 

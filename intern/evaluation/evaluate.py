@@ -18,7 +18,8 @@ from datasets import Dataset
 from omegaconf import DictConfig
 
 from intern.config.build import build, plain
-from intern.data.files import DataFile, read_rows
+from intern.data.files import DataFile
+from intern.data.prepare import golden_rows
 from intern.data.prompt import Prompt
 from intern.errors import UserError
 from intern.evaluation.bootstrap import FEW, FEW_MARK, Comparison, Estimate, Figures, compare
@@ -150,12 +151,11 @@ def evaluate(cfg: DictConfig, run: Run, against: Run | None) -> Evaluation:
     if cfg.context not in _CONTEXTS:
         raise UserError(f"context={cfg.context}: must be never, always, or null (as the run was trained)")
     stored = run.read_config()
-    path, key = (cfg.eval_file, "eval_file") if cfg.eval_file else (stored.data.eval_file, "data.eval_file of the run")
-    if not path:
-        raise UserError("eval_file: the run has none, give one")
-    file = DataFile.find(path, key)
     sides = _sides(run, against, cfg.context)
-    golden = read_rows(file, needs_material=any(side.with_material for side in sides))
+    found = golden_rows(plain(stored.data), cfg.eval_file, any(side.with_material for side in sides))
+    if found is None:
+        raise UserError("eval_file: the run has none, give one")
+    file, golden = found.file, found.rows
     overlap = find_overlap(run, golden, cfg.train_file)
     folder = _folder(cfg, run, against, file)
     judge = _judge(cfg.judge, folder)

@@ -217,7 +217,7 @@ def _read(run: Run, name: str, evaluation: str | None) -> FinishedRun:
         few=frozenset(few),
         trained_rows=trained_rows,
         gpu=str(gpu.get("name")) if isinstance(gpu, dict) else None,
-        eval_data=str(data.get(config.get("data.eval_file")))
+        eval_data=str(data.get(str(config.get("data.eval_file"))))
         if isinstance(data, dict) and "eval_loss" in figures
         else None,
         evaluated_data=evaluated_data,

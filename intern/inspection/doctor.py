@@ -426,7 +426,7 @@ def _rows(facts: Facts, name: str, scoring: bool) -> Check:
     datasets.disable_progress_bars()
     data = facts.data
     names, key = (data.eval_files, "data.eval_file") if scoring else (data.train_files, "data.train_file")
-    table = read_sources(locate(names, key), data, data.eval_split if scoring else data.split)
+    table = read_sources(locate(names, key), data, training=not scoring)
     rows = table.rows
     found = f"{table.name}: {len(rows):,} rows"
     if len(rows) > _LONG_DATA:

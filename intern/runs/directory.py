@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -127,7 +128,7 @@ class Run:
             free = shutil.disk_usage(self.path).free / 2**30
             raise RunError(
                 f"{self.path}: {reason} ({free:.1f} GiB are free there): make room or mend that; what was written stays, "
-                f"and python -m intern.train resume={self.path} goes on from the last checkpoint"
+                f"and python -m intern.train {shlex.quote(f'resume={self.path}')} goes on from the last checkpoint"
             ) from error
 
     def drop_drafts(self) -> None:
@@ -263,7 +264,7 @@ def resolve(run_dir: str | Path, root: Path | None = None) -> Run:
         return run
     if run.config.is_file():
         raise UserError(
-            f"run_dir={run_dir}: this run is unfinished (no metrics.json): python -m intern.train resume={run.path} goes on with it"
+            f"run_dir={run_dir}: this run is unfinished (no metrics.json): python -m intern.train {shlex.quote(f'resume={run.path}')} goes on with it"
         )
     runs = list(runs_below(path))
     if not runs:

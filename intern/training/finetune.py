@@ -4,6 +4,7 @@ import functools
 import gc
 import logging
 import math
+import shlex
 import sys
 import uuid
 from typing import Any
@@ -67,6 +68,7 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
         check_same(cfg, run, {str(file.path): file.sha256 for file in plan.files})
         log.info("%s is finished, score %.4f: not run again", run.path, run.score())
         return run.score()
+    log.info("%s", plan.data.found)
     log.info("%s", plan.precision)
     with run.lock(), run.told_when_full(), tracking(plan.logger, cfg, run, *_open(run, cfg, plan, sweep)) as tracker:
         model, metrics = _train(plan.base.load(plan.quant, plan.precision), run, plan, tracker)
@@ -169,9 +171,9 @@ def _train(model: PreTrainedModel, run: Run, plan: TrainingPlan, tracker: Tracke
         interruption.restore()
     if interruption.signal is not None:
         log.warning(
-            "interrupted after step %d: python -m intern.train resume=%s goes on from there",
+            "interrupted after step %d: python -m intern.train %s goes on from there",
             trainer.state.global_step,
-            run.path,
+            shlex.quote(f"resume={run.path}"),
         )
         sys.exit(128 + interruption.signal)
     if patience is not None and patience.stopped:

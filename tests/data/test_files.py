@@ -4,28 +4,15 @@ import json
 import subprocess
 import sys
 
-import datasets
 import pytest
 from helpers import ROOT
-from omegaconf import OmegaConf
 
 from intern.data.files import DataFile, checked_row, read_rows
 from intern.data.prompt import IGNORED, Prompt
 from intern.data.tokenize import tokenize
 from intern.errors import UserError
-from intern.model.base import Base
 
 GOOD = {"question": "How much?", "answer": "18%.", "chunk_text": "It rose 18%."}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Base(OmegaConf.create({"pretrained_model_name_or_path": "data/tiny_llama3"})).tokenizer()
 
 
 def read(path, needs_material=False):
