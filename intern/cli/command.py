@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from intern.cli import sweep
+from intern.config.build import literal_text
 from intern.config.suggestions import unknown, with_origin
 from intern.errors import RunError, UserError, one_line
 from intern.paths import CONF_DIR
@@ -182,8 +183,7 @@ def text_of(argument: str) -> str:
 
 def _as_text(value: str, keep_interpolations: bool = False) -> str:
     if not keep_interpolations:
-        # OmegaConf reads two backslashes before ${ as one backslash: those that are there are doubled, and one more makes ${ text.
-        value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+        value = literal_text(value)
     return QuotedString(value, Quote.double).with_quotes()
 
 

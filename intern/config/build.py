@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -12,6 +13,12 @@ from intern.config.suggestions import unknown
 from intern.errors import UserError
 
 T = TypeVar("T")
+
+
+def literal_text(text: str) -> str:
+    """The text as OmegaConf must have it to mean these characters: what would be an interpolation is escaped."""
+    # Two backslashes before ${ mean one: those that are there are doubled, and one more makes ${ text.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def plain(node: DictConfig | None) -> dict[str, Any]:

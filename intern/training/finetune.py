@@ -16,6 +16,7 @@ from transformers import (
     PrinterCallback,
 )
 
+from intern.config.build import literal_text
 from intern.data.tokenize import turns
 from intern.errors import RunError, UserError
 from intern.evaluation.metrics import token_f1
@@ -282,7 +283,10 @@ def _with_absolute_paths(cfg: DictConfig, plan: TrainingPlan) -> DictConfig:
     OmegaConf.set_readonly(cfg, False)
     OmegaConf.set_struct(cfg, False)
     cfg.pop("resume", None)
-    cfg.model.pretrained_model_name_or_path = plan.base.name
+    cfg.model.pretrained_model_name_or_path = literal_text(plan.base.name)
     cfg.data.pop("sample", None)
-    cfg.data.update(plan.data.values)
+    for key, value in plan.data.values.items():
+        cfg.data[key] = (
+            [literal_text(one) for one in value] if isinstance(value, list) else value and literal_text(value)
+        )
     return cfg
