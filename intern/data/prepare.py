@@ -136,14 +136,30 @@ def prepare(found: Located, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, 
         UserError: naming file and row, if a row is not as it must be, or no row fits.
         RunError: the cache cannot be written.
     """
-    data = found.data
-    train, golden = found.read()
+    return tokenize_rows(found.data, *found.read(), tokenizer, prompt, max_length)
+
+
+def tokenize_rows(
+    data: DataConfig,
+    train: RowSet,
+    golden: RowSet | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    max_length: int,
+) -> Prepared:
+    """Tokenize rows that `Located.read` has read; the second half of `prepare`, for callers that need the rows without a tokenizer.
+
+    Raises:
+        UserError: no row fits.
+        RunError: the cache cannot be written.
+    """
 
     def tokens(rows: RowSet, scoring: bool) -> Tokenized:
         return tokenize(rows.rows, tokenizer, prompt, max_length, data.num_proc, rows.name, scoring, data.loss_on)
 
+    train_tokens = tokens(train, scoring=False)
     golden_tokens = tokens(golden, scoring=True) if golden is not None else None
-    return Prepared(data, train, tokens(train, scoring=False), golden, golden_tokens)
+    return Prepared(data, train, train_tokens, golden, golden_tokens)
 
 
 def _names(files: tuple[DataFile, ...]) -> str | list[str]:

@@ -14,13 +14,13 @@ HUB = "hub:"  # begins the name of a dataset on the hub
 
 @dataclass(frozen=True)
 class DataConfig:
-    """conf/data. Keys with a default are absent in runs from before there were such keys."""
+    """conf/data. A key that a group file leaves out has the value that it has in conf/data/train_jsonl.yaml; no file has a sample of its own."""
 
     train_file: str | list[str]
-    eval_file: str | list[str] | None
-    context: str
-    num_proc: int | None
-    system_prompt: str | None
+    eval_file: str | list[str] | None = AUTO
+    context: str = "never"
+    num_proc: int | None = None
+    system_prompt: str | None = AUTO
     sample: dict[str, str] | None = None  # what "auto" means for the sample's own training file
     format: str = AUTO
     columns: dict[str, str] | None = None

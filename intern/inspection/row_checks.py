@@ -137,13 +137,15 @@ def check_tokens(
 
 def check_fit(tokens: Tokenized, max_length: int) -> Check:
     """Whether rows had to be shortened or dropped."""
-    if not tokens.dropped and not tokens.shortened:
+    if not tokens.dropped and not tokens.shortened and not tokens.lost_turns:
         return Check("fit", GREEN, f"every row fits into {max_length:,} tokens")
-    cut = _Rows()
-    for table in batches(tokens.origins, ["row", "cut"]):
+    cut, turns_cut = _Rows(), _Rows()
+    for table in batches(tokens.origins, ["row", "cut", "turns_cut"]):
         rows = table["row"].to_numpy()
         _add(cut, rows, table["cut"].to_numpy() > 0)
+        _add(turns_cut, rows, table["turns_cut"].to_numpy() > 0)
     parts = [f"shortened {cut}"] if cut.count else []
+    parts += [f"without their oldest turns {turns_cut}"] if turns_cut.count else []
     parts += [f"dropped {named(tokens.dropped)}"] if tokens.dropped else []
     return Check("fit", AMBER, "; ".join(parts), "raise trainer.max_length, or shorten what is long")
 
@@ -191,16 +193,17 @@ def check_texts(rows: Dataset, special_tokens: Sequence[str], shows_material: bo
     answered: list[np.ndarray] = []
     sizes: dict[str, list[np.ndarray]] = {"question": [], "answer": []}
     special = re.compile("|".join(map(re.escape, special_tokens)) or r"(?!)")
-    for table in batches(rows, ["row", "question", "answer", "chunk_text"]):
+    for table in batches(rows, ["row", "question", "answer", "chunk_text", "history"]):
         numbers.append(table["row"].to_numpy())
         columns = {name: table[name].to_pylist() for name in ("question", "answer", "chunk_text")}
         for name, parts in sizes.items():
             parts.append(np.fromiter((len(text) for text in columns[name]), dtype=np.int32, count=len(table)))
         questions = [_normal(text) for text in columns["question"]]
         answers = [_normal(text) for text in columns["answer"]]
+        told = [_told(history) for history in table["history"].to_pylist()]
         keys = [
-            f"{question}\0{_normal(material or '')}" if shows_material else question
-            for question, material in zip(questions, columns["chunk_text"], strict=True)
+            f"{before}{question}\0{_normal(material or '')}" if shows_material else before + question
+            for before, question, material in zip(told, questions, columns["chunk_text"], strict=True)
         ]
         asked.append(_hashes(keys))
         answered.append(_hashes([f"{key}\0\0{answer}" for key, answer in zip(keys, answers, strict=True)]))
@@ -237,11 +240,11 @@ def check_texts(rows: Dataset, special_tokens: Sequence[str], shows_material: bo
 
 def check_leaks(train: Dataset, golden: Dataset, shows_material: bool) -> list[Check]:
     """Golden rows that training gives away: the same question, nearly the same question, the same chunk without saying so."""
-    columns = ["row", "question", "answer", "chunk_text", "chunk_id", "seen_chunk"]
+    columns = ["row", "question", "answer", "chunk_text", "chunk_id", "seen_chunk", "history"]
     rows = [row for table in batches(golden, columns) for row in table.to_pylist()]
 
     def key(row: dict[str, Any]) -> str:
-        return f"{_normal(row['question'])}\0{_normal(row['chunk_text'] or '') if shows_material else ''}"
+        return f"{_told(row['history'])}{_normal(row['question'])}\0{_normal(row['chunk_text'] or '') if shows_material else ''}"
 
     asked: dict[str, list[int]] = {}
     chunks: dict[str, list[int]] = {}
@@ -253,7 +256,7 @@ def check_leaks(train: Dataset, golden: Dataset, shows_material: bool) -> list[C
     identical: dict[int, int] = {}  # place of a golden row -> number of a training row
     near: dict[int, tuple[int, float]] = {}
     on_chunk: set[int] = set()
-    for table in batches(train, ["row", "question", "chunk_text", "chunk_id"]):
+    for table in batches(train, ["row", "question", "chunk_text", "chunk_id", "history"]):
         for row in table.to_pylist():
             for mark in _chunk_marks(row):
                 on_chunk.update(chunks.get(mark, ()))
@@ -327,6 +330,11 @@ def _odd(question: str, answer: str, texts: dict[str, str], special: re.Pattern[
             yield f"{name} with replacement characters (was not decoded as UTF-8 once)"
         if special.search(text):
             yield f"{name} with the text of a special token (it stays text)"
+
+
+def _told(history: list[dict[str, str]] | None) -> str:
+    """The turns before a question, which make it another one; empty for a question alone."""
+    return "".join(f"{_normal(turn['question'])}\0{_normal(turn['answer'])}\0" for turn in history or ())
 
 
 def _normal(text: str) -> str:
