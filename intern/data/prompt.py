@@ -259,7 +259,8 @@ class Prompt:
             most = longest_text(max_length)
             if len(head) + len(question) + len(answer or "") > most:
                 return None
-            material = material and material.strip()[:most]
+            if material and len(material.strip()) > most:
+                material = material.strip()[:most]
             while sum(len(text) for turn in turns for text in turn) > most:  # the oldest go first, as in `cut_to_fit`
                 turns = turns[1:]
         user, told = user_turn(question, material), None if answer is None else answer.strip()

@@ -107,13 +107,18 @@ def parse_json(line: bytes, place: str) -> Mapping[str, Any]:
         raise UserError(f"{place}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
         if b"\x00" in line:
-            raise UserError(f"{place}: has NUL bytes: the file is damaged, or not UTF-8") from error
+            raise UserError(f"{place}: not JSON but NUL bytes: the file is damaged, or not UTF-8") from error
         raise UserError(f"{place}: not JSON ({error}): each line holds one JSON object") from error
     return _checked_object(row, place)
 
 
 def _json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_object, parse_int=Number, parse_float=Number)
+    return json.loads(text, object_pairs_hook=_object, parse_int=_integer, parse_float=Number)
+
+
+def _integer(text: str) -> Number:
+    int(text)  # refuses a number of thousands of digits, which nobody has written
+    return Number(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

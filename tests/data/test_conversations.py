@@ -23,6 +23,10 @@ FORGETFUL = (
     "{% if m['role'] == 'assistant' and not loop.last %}(earlier) {% endif %}{{ m['content'] }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}"
 )
+# Leaves out the end of earlier answers, which shows with real text only
+SHORTENING = FORGETFUL.replace(
+    "(earlier) {% endif %}{{ m['content'] }}", "{{ m['content'].split('.')[0] }}{% else %}{{ m['content'] }}{% endif %}"
+)
 
 
 def with_template(template):
@@ -94,8 +98,9 @@ def test_special_token_text_in_a_history_or_a_rows_system_message_cannot_end_a_t
     assert talker.decode(row.input_ids).count(ATTACK) == 4
 
 
-def test_a_template_that_changes_earlier_turns_is_refused_for_conversations_alone():
-    tokenizer = with_template(FORGETFUL)
+@pytest.mark.parametrize("template", [FORGETFUL, SHORTENING])
+def test_a_template_that_changes_earlier_turns_is_refused_for_conversations_alone(template):
+    tokenizer = with_template(template)
     prompt = Prompt.from_tokenizer(tokenizer, "Be brief.", "never")
     assert prompt.encode(tokenizer, [QUESTION], [ANSWER])[0] is not None
     with pytest.raises(UserError, match="no form for rows of several turns"):

@@ -1,6 +1,8 @@
 """Each row format becomes the conversation that its documentation describes; a format can be added from outside."""
 
+import importlib
 import json
+import sys
 
 import pytest
 
@@ -172,9 +174,21 @@ def test_a_format_is_added_from_outside_the_package(tmp_path, prepared, shown):
         FORMATS.update(before)
 
 
-def test_other_code_for_a_format_does_not_read_the_rows_of_the_old_code(rows_file, prepared, monkeypatch):
-    path = rows_file({"question": "q", "answer": "a"})
-    assert prepared(path).train.rows[0]["answer"] == "a"
-    monkeypatch.setattr(RowFormat, "identity", "another")
-    monkeypatch.setitem(FORMATS, "qa", RowFormat("qa", FORMATS["qa"].slots, FORMATS["qa"].required, lambda fields: Conversation([Turn("q", "b")])))  # fmt: skip
-    assert prepared(path).train.rows[0]["answer"] == "b"
+def test_other_code_for_a_format_does_not_read_the_rows_of_the_old_code(rows_file, prepared, tmp_path, monkeypatch):
+    code = """
+from intern.data.formats import Conversation, RowFormat, Turn
+
+def read(fields):
+    return Conversation([Turn("q", "ANSWER")])
+
+OWN = RowFormat("own", {"line": ("line",)}, ("line",), read)
+"""
+    path = rows_file({"line": "x"})
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for answer in ("first", "second"):
+        (tmp_path / "own_format.py").write_text(code.replace("ANSWER", answer))
+        sys.modules.pop("own_format", None)
+        monkeypatch.setitem(FORMATS, "own", importlib.import_module("own_format").OWN)
+        assert prepared(path).train.rows[0]["answer"] == answer
+    sys.modules.pop("own_format")

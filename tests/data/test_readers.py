@@ -66,7 +66,7 @@ BROKEN = {
     "latin.jsonl": (b'{"question": "q", "answer": "a"}\n{"question": "\xfc", "answer": "a"}\n', ":2: not UTF-8 (byte 14): save"),
     "latin.csv": (b"question,answer\nq,a\nq,\xfc\n", ":3: not UTF-8 (byte 2): save the file as UTF-8"),
     "latin.json": (b'[{"question": "q"},\n{"question": "\xfc"}]', ":2: not UTF-8"),
-    "zeros.jsonl": (b'{"question": "q", "answer": "a"}\n' + bytes(99), ":2: has NUL bytes: the file is damaged"),
+    "zeros.jsonl": (b'{"question": "q", "answer": "a"}\n' + bytes(99), ":2: not JSON but NUL bytes: the file is damaged"),
     "half.jsonl": (JSONL.encode()[:-20], ":2: not JSON (Unterminated string"),
     "half.json": (json.dumps(ROWS, indent=1).encode()[:-20], ":8: not JSON ("),
     "twice.jsonl": (b'\n{"answer": 1, "answer": 2}', ":2: key 'answer' is there twice: keep one of them"),
