@@ -2,18 +2,19 @@
 
 One entry in `FORMATS` per format: the columns that it reads, by which it is also recognized, and a function that makes the conversation.
 Adding a format means adding an entry here (`register` does it from outside the package) and naming it in conf/data/train_jsonl.yaml.
+
+A little over 300 lines: what a format is, how it is recognized and the formats themselves are read together by whoever adds one.
 """
 
 import difflib
-import functools
 import hashlib
 import inspect
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from intern.data.readers import Number, columns_of
+from intern.data.conversation import Conversation, Turn, checked_text, conversation, kind_of, message_text
+from intern.data.readers import columns_of
 from intern.errors import UserError
 
 AUTO = "auto"
@@ -30,32 +31,6 @@ _STRICT = {
     "chunk_id",
     "topic",
 }  # our own names: another type than text is a mistake, not another's column
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
-
-
-class Turn(NamedTuple):
-    """What a user asks and what the assistant answers."""
-
-    question: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """The conversation of a row. Every answer may carry loss; the context belongs to the last question."""
-
-    turns: Sequence[Turn]  # at least one
-    system: str | None = None  # instead of data.system_prompt
 
 
 class Fields:
@@ -102,7 +77,7 @@ class Fields:
     def item(self, item: Any, slot: str, index: int) -> Any:
         """A field of the object at a place of a list, such as a message's role."""
         if not isinstance(item, Mapping):
-            raise UserError(f"{self.place}: entry {index} is {_kind(item)}, not an object with {self.name(slot)}")
+            raise UserError(f"{self.place}: entry {index} is {kind_of(item)}, not an object with {self.name(slot)}")
         name = self._shown.get(slot, slot)
         if name not in item:
             raise UserError(f"{self.place}: entry {index} has no {name!r}; it has {columns_of(item)}")
@@ -149,14 +124,22 @@ class Layout:
 
     format: RowFormat
     settings: RowSettings
+    _known: dict[tuple[str, ...], Mapping[str, str]] = field(default_factory=dict, compare=False)  # by a row's columns
+
+    def names(self, row: Mapping[str, Any]) -> Mapping[str, str]:
+        """Slot -> the column of a row that fills it."""
+        columns = tuple(row)
+        if columns not in self._known:
+            self._known[columns] = _names(self.format, self.settings, columns)
+        return self._known[columns]
 
     def fields(self, row: Mapping[str, Any], place: str) -> Fields:
         """The values of a row by slot."""
-        return Fields(row, _names(self.format, self.settings, tuple(row)), self.settings.columns, place)
+        return Fields(row, self.names(row), self.settings.columns, place)
 
     def describe(self, row: Mapping[str, Any]) -> str:
         """ "qa (question: Frage, answer: Antwort)", for a person."""
-        names = _names(self.format, self.settings, tuple(row))
+        names = self.names(row)
         slots = [slot for slot in (*self.format.slots, *SHARED) if slot in names]
         parts = [f"{slot}: {names[slot]}" if slot != names[slot] else slot for slot in slots]
         return f"{self.format.name} ({', '.join(parts)})"
@@ -178,7 +161,7 @@ def conversation_row(layout: Layout, row: Mapping[str, Any], place: str) -> dict
     seen = fields.value("seen_chunk")
     if not isinstance(seen or False, bool):
         if not isinstance(seen, str) or seen.lower() not in ("true", "false"):  # a CSV file has only text
-            raise UserError(f"{place}: field {fields.name('seen_chunk')!r} is {_kind(seen)}, not true or false")
+            raise UserError(f"{place}: field {fields.name('seen_chunk')!r} is {kind_of(seen)}, not true or false")
         seen = seen.lower() == "true"
     system = conversation.system if conversation.system is not None else fields.lenient("system")
     return {
@@ -237,44 +220,18 @@ def _slots(one: RowFormat) -> set[str]:
     return {*one.slots, *SHARED}
 
 
-def _names(one: RowFormat, settings: RowSettings, columns: tuple[str, ...]) -> Mapping[str, str]:
-    return _matched(tuple((SHARED | dict(one.slots)).items()), tuple(settings.columns.items()), columns)
-
-
-@functools.lru_cache(maxsize=256)
-def _matched(
-    slots: tuple[tuple[str, tuple[str, ...]], ...], renamed: tuple[tuple[str, str], ...], columns: tuple[str, ...]
-) -> Mapping[str, str]:
+def _names(one: RowFormat, settings: RowSettings, columns: tuple[str, ...]) -> dict[str, str]:
     """Slot -> the column that fills it: the user's name, else a name of the slot; exactly, else in other capitals."""
     folded = {name.strip().casefold(): name for name in reversed(columns)}
     found: dict[str, str] = {}
-    given = dict(renamed)
-    for slot, names in slots:
+    given = settings.columns
+    for slot, names in (SHARED | dict(one.slots)).items():
         for name in (given[slot],) if slot in given else names:
             if (column := name if name in columns else folded.get(name.strip().casefold())) is not None:
                 if slot in given or column not in given.values():
                     found[slot] = column
                 break
     return found
-
-
-def checked_text(value: Any, what: str) -> str | None:
-    """A text, None for a missing one; UserError, beginning with `what`, for anything else."""
-    if isinstance(value, Number):
-        return str(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{what} is {_kind(value)}, not text")
-    if value and ("\x00" in value or any("\ud800" <= character <= "\udfff" for character in value)):
-        raise UserError(f"{what} has a character that is no text (NUL or half a surrogate pair)")
-    return value
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Number):
-        return "a number"
-    return "missing" if value is None else type(value).__name__
 
 
 # --- The formats ---
@@ -291,7 +248,7 @@ def _alpaca(fields: Fields) -> Conversation:
     for index, pair in enumerate(fields.value("history") or [], 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise UserError(f"{fields.place}: {fields.name('history')} {index} is not a pair of instruction and output")
-        texts = [_content(text, fields.place, index) for text in pair]
+        texts = [message_text(text, fields.place, index) for text in pair]
         history.append(Turn(texts[0], texts[1]))
     return Conversation([*history, Turn(question, fields.text("output"))])
 
@@ -317,57 +274,13 @@ def _entries(fields: Fields, entries: Any, slot: str, role: str, content: str) -
     if isinstance(entries, Mapping) and entries and all(isinstance(column, list) for column in entries.values()):
         entries = [dict(zip(entries, values, strict=False)) for values in zip(*entries.values(), strict=False)]
     if not isinstance(entries, list):
-        raise UserError(f"{fields.place}: field {fields.name(slot)!r} is {_kind(entries)}, not a list of messages")
+        raise UserError(f"{fields.place}: field {fields.name(slot)!r} is {kind_of(entries)}, not a list of messages")
     found = []
     for index, entry in enumerate(entries, 1):
         name = fields.item(entry, role, index)
         text = fields.item(entry, content, index)
-        found.append((str(name), _content(text, fields.place, index)))
+        found.append((str(name), message_text(text, fields.place, index)))
     return found
-
-
-def _content(value: Any, place: str, index: int) -> str:
-    """A message's text, whole or as a list of its text parts."""
-    if isinstance(value, list):
-        found = [part.get("text") if isinstance(part, Mapping) else part for part in value]
-        parts = [part for part in found if isinstance(part, str)]
-        if len(parts) < len(found):
-            raise UserError(f"{place}: message {index} has parts that are not text: only text can be trained on")
-        value = "".join(parts)
-    text = checked_text(value, f"{place}: message {index}")
-    if text is None or not text.strip():
-        raise UserError(f"{place}: message {index} is {'missing' if text is None else 'empty'}")
-    return text
-
-
-def conversation(messages: Sequence[tuple[str, str]], place: str) -> Conversation:
-    """A list of (role, text) -> a conversation: a system message or none, then user and assistant in turn.
-
-    Raises:
-        UserError: beginning with `place`: an unknown role, or messages in another order.
-    """
-    system = None
-    rest: list[tuple[str, str]] = []
-    for index, (name, text) in enumerate(messages, 1):
-        role = _ROLES.get(name.strip().lower())
-        if role is None:
-            raise UserError(
-                f"{place}: message {index} has the role {name!r}: only system, user and assistant are known"
-            )
-        if role == "system":
-            if index > 1:
-                raise UserError(f"{place}: message {index} is a system message: only the first may be")
-            system = text
-            continue
-        wanted = "assistant" if len(rest) % 2 else "user"
-        if role != wanted:
-            raise UserError(f"{place}: message {index} is of {role}, where one of {wanted} belongs")
-        rest.append((role, text))
-    if not rest or len(rest) % 2:
-        ends = "ends with a question that has no answer" if rest else "has no messages of user and assistant"
-        raise UserError(f"{place}: {ends}: delete the last message, or the row")
-    texts = [text for _, text in rest]
-    return Conversation([Turn(*pair) for pair in zip(texts[::2], texts[1::2], strict=True)], system)
 
 
 FORMATS: dict[str, RowFormat] = {}

@@ -1,7 +1,7 @@
 """The texts of a row and the tokens that they become, part by part: what encoding a row and explaining one share."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,8 +23,7 @@ class Encoded:
     turns_cut: int = 0  # earlier turns taken off the start of the conversation so that the row fits
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Some tokens of a row that belong together."""
 
     kind: Kind
@@ -37,8 +36,7 @@ class Part:
         return self.kind in ("answer", "end of turn")
 
 
-@dataclass(frozen=True)
-class RowTexts:
+class RowTexts(NamedTuple):
     """A row's texts as they are tokenized."""
 
     system: str | None  # None: no system turn
