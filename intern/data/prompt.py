@@ -6,25 +6,24 @@ A little over 300 lines: one class whose methods all read the same pieces of the
 import hashlib
 import logging
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from intern.data.chat_template import ANSWER, SYSTEM, USER, next_turn, opening_alone
+from intern.data.chat_template import Renderer, build_renderer, take_apart
 from intern.data.row_tokens import (
     IGNORED,
     Encoded,
     Kind,
     LossOn,
+    Part,
     RowTexts,
-    TemplateIds,
+    TemplateTexts,
     cut_parts,
     encoded,
     inside_context,
-    token_ids,
     user_turn,
 )
 from intern.data.truncation import Cut, longest_text
@@ -54,7 +53,10 @@ class Prompt:
 
     `opening_alone` is the text before the user turn of a row without a system prompt, and `next_turn` the text between an answer's end of
     turn and the next question. They are None if the template has no such form, and in runs from before there was one: then an empty system
-    prompt is rendered as an empty turn, and several turns are refused.
+    prompt is rendered as an empty turn, and several turns are refused. The other texts are those of `ChatTemplate`.
+
+    `is_joined` says that text is tokenized together across the pieces, up to the next special token: the tokenizer of such a model gives
+    other tokens to the parts alone. `template_kwargs` is what the template was rendered with, for programs that render it again.
     """
 
     system_prompt: str
@@ -63,75 +65,79 @@ class Prompt:
     stop_ids: tuple[int, ...]
     opening_alone: str | None = None
     next_turn: str | None = None
+    system_in_user: bool = False
+    answer_prefix: str = ""
+    earlier_before_answer: str | None = None
+    is_joined: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, system_prompt: str, context: str) -> "Prompt":
+    def from_tokenizer(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        system_prompt: str,
+        context: str,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> "Prompt":
         """The prompt of a tokenizer's own chat template.
+
+        Args:
+            tokenizer: the model's.
+            system_prompt: data.system_prompt; empty for none.
+            context: data.context.
+            template_kwargs: data.template_kwargs, variables of the chat template such as {"enable_thinking": False}.
 
         Raises:
             UserError: no chat template, one that this contract cannot follow, or a context mode that does not exist.
         """
         if context not in get_args(Context):
             raise UserError(f"data.context={context}: must be one of {', '.join(get_args(Context))}")
-        if not tokenizer.chat_template:
-            raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: take an Instruct model")
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
-        try:
-            asked = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-            answered = str(
-                tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": ANSWER}], tokenize=False)
-            )
-        except TemplateError as error:
-            raise UserError(
-                f"the chat template of {tokenizer.name_or_path} refuses a system and a user turn: {error}"
-            ) from error
-        pieces = []
-        rest = answered
-        for mark in (SYSTEM, USER, ANSWER):
-            piece, _, rest = rest.partition(mark)
-            pieces.append(piece)
-        if asked != pieces[0] + SYSTEM + pieces[1] + USER + pieces[2]:
-            raise UserError(
-                f"the chat template of {tokenizer.name_or_path} opens an answer differently in training and in asking"
-            )
-        end_of_turn = token_ids(tokenizer, rest, special=True)[:1]
-        if not end_of_turn or end_of_turn[0] not in tokenizer.all_special_ids:
-            raise UserError(
-                f"the chat template of {tokenizer.name_or_path} ends an answer without a special token: it would never stop"
-            )
-        opening = token_ids(tokenizer, pieces[0], special=True)
-        if tokenizer.bos_token_id is not None and opening.count(tokenizer.bos_token_id) > 1:
-            raise UserError(
-                f"the chat template of {tokenizer.name_or_path} begins with more than one {tokenizer.bos_token}"
-            )
-        stop_ids = {*end_of_turn, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
-        template = (pieces[0], pieces[1], pieces[2], str(tokenizer.decode(end_of_turn)))
+        renderer = build_renderer(tokenizer, template_kwargs or {})
+        template = take_apart(renderer)
         prompt = cls(
             system_prompt.strip(),
             cast(Context, context),
-            template,
-            tuple(sorted(stop_ids)),
-            opening_alone(tokenizer, pieces[2]),
-            next_turn(tokenizer, template),
+            template.pieces,
+            template.stop_ids,
+            template.opening_alone,
+            template.next_turn,
+            template.system_in_user,
+            template.answer_prefix,
+            template.earlier_before_answer,
+            template_kwargs=dict(renderer.kwargs),
         )
-        if not prompt._renders_like_template(tokenizer, []):
-            raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path} joins text across the turns of its chat template: not supported"
-            )
-        if prompt.next_turn is not None and not prompt._renders_like_template(tokenizer, [("Why?", "Because.")]):
+        if not prompt._renders_like_template(renderer, []):
+            prompt = replace(prompt, is_joined=True)
+            if not prompt._renders_like_template(renderer, []):
+                raise UserError(
+                    f"the tokenizer of {tokenizer.name_or_path} renders turns of its chat template in a way that cannot be followed: "
+                    "take another model of the family"
+                )
+        if prompt.next_turn is not None and not prompt._renders_like_template(renderer, [("Why?", "Because.")]):
             prompt = replace(prompt, next_turn=None)
         return prompt
 
-    def _renders_like_template(self, tokenizer: PreTrainedTokenizerBase, history: Sequence[tuple[str, str]]) -> bool:
+    def _renders_like_template(self, renderer: Renderer, history: Sequence[tuple[str, str]]) -> bool:
         """Whether ordinary text comes out as the library's own rendering: some tokenizers change text at the seams between pieces."""
         has_system = bool(self.system_prompt) or self.opening_alone is None
-        messages = [{"role": "system", "content": self.system_prompt}] if has_system else []
-        for question, answer in history:
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        messages.append({"role": "user", "content": "How much?"})
-        theirs: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        [ours] = self.encode(tokenizer, ["How much?"], histories=[history])
-        return ours is not None and ours.input_ids == list(theirs["input_ids"])
+        turns = [("user", question) for question, _ in history] + [("user", "How much?")]
+        head = []
+        if self.system_in_user:
+            turns[0] = "user", self._with_system(turns[0][1])
+        elif has_system:
+            head = [("system", self.system_prompt)]
+        messages = [*head]
+        for question, (_, answer) in zip(turns, history, strict=False):
+            messages += [question, ("assistant", answer)]
+        messages += [turns[-1], ("assistant", "It rose 18%.")]
+        theirs = renderer.ids(messages, asks=False)
+        [ours] = self.encode(renderer.tokenizer, ["How much?"], ["It rose 18%."], histories=[history])
+        # After the end of turn some templates add a line break, or nothing where we end the text.
+        return ours is not None and _agree(ours.input_ids, theirs, self.stop_ids)
+
+    def _with_system(self, question: str, system: str | None = None) -> str:
+        head = self.system_prompt if system is None else system
+        return f"{head}\n\n{question}" if head else question
 
     def trains_with_material(self, question: str) -> bool:
         """Whether training shows this question with its material; half of them under "mixed", the same ones every time."""
@@ -182,28 +188,67 @@ class Prompt:
             UserError: a row of several turns, and a chat template that has no form for them.
         """
         nothing: list[Any] = [None] * len(questions)
-        rows = [
-            self._row_texts(*row, max_length)
-            for row in zip(
-                questions,
-                materials or nothing,
-                histories or nothing,
-                systems or nothing,
-                answers or nothing,
-                strict=True,
-            )
+        # Before earlier answers a thinking model's template leaves an empty thought out: what precedes them is not what is asked.
+        learns_earlier = loss_on == "all" and self.earlier_before_answer is None
+        given: list[Sequence[Any]] = [
+            questions,
+            materials or nothing,
+            histories or nothing,
+            systems or nothing,
+            answers or nothing,
         ]
+        rows = [
+            self._row_texts(*row, max_length, learns_earlier)  # type: ignore[call-arg]  # zip loses how many there are
+            for row in zip(*given, strict=True)
+        ]
+        template = self._template_texts
+        if self.is_joined:
+            every = [[] if row is None else template.joined_parts(tokenizer, row) for row in rows]
+        else:
+            every = self._parts(tokenizer, template, rows)
+        found = [
+            None if row is None else encoded(tokenizer, row, parts, max_length)
+            for row, parts in zip(rows, every, strict=True)
+        ]
+        if not self.system_in_user or not self.system_prompt:
+            return found
+        return [
+            # The system prompt went with the first turn: without the turns that were cut it begins the first one that stays.
+            self._without_turns(tokenizer, one, row, max_length, loss_on) if one is not None and one.turns_cut else one
+            for one, row in zip(found, zip(*given, strict=True), strict=True)
+        ]
+
+    def _without_turns(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        one: Encoded,
+        row: tuple[Any, ...],
+        max_length: int | None,
+        loss_on: LossOn,
+    ) -> Encoded | None:
+        question, material, history, system, answer = row
+        [shorter] = self.encode(
+            tokenizer,
+            [question],
+            None if answer is None else [answer],
+            [material],
+            max_length,
+            histories=[history[one.turns_cut :]],
+            systems=[system],
+            loss_on=loss_on,
+        )
+        return None if shorter is None else replace(shorter, turns_cut=shorter.turns_cut + one.turns_cut)
+
+    def _parts(
+        self, tokenizer: PreTrainedTokenizerBase, template: TemplateTexts, rows: Sequence[RowTexts | None]
+    ) -> list[list[Part]]:
+        """The parts of rows whose texts are tokenized alone."""
         # One call for all texts: a fast tokenizer spreads them over the cores.
         texts = list(dict.fromkeys(text for row in rows if row is not None for text in row.texts))
         every = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
         ids = dict(zip(texts, every, strict=True))
-        pieces = self._template_ids(tokenizer)
-        return [
-            None
-            if row is None
-            else encoded(tokenizer, row, pieces.parts(row, [ids[text] for text in row.texts]), max_length, loss_on)
-            for row in rows
-        ]
+        pieces = template.ids(tokenizer)
+        return [[] if row is None else pieces.parts(row, [ids[text] for text in row.texts]) for row in rows]
 
     def explain(
         self,
@@ -225,16 +270,18 @@ class Prompt:
         row = self._row_texts(question, material, history, system, answer, max_length)
         if row is None:
             return []
-        parts = self._template_ids(tokenizer).parts(
-            row, [token_ids(tokenizer, text, special=False) for text in row.texts]
-        )
-        inside = inside_context(tokenizer, *row.user)
+        template = self._template_texts
+        parts = template.joined_parts(tokenizer, row) if self.is_joined else self._parts(tokenizer, template, [row])[0]
+        inside = inside_context(tokenizer, row, parts)
         cut = cut_parts(parts, inside, max_length) or Cut(0, 0)
-        gone = set(inside[len(inside) - cut.context :])
+        shown, gone = set(inside), set(inside[len(inside) - cut.context :])
+        if cut.turns and self.system_in_user and self.system_prompt:
+            before = [Token(one, part.kind, True) for part in parts if 0 <= part.turn < cut.turns for one in part.ids]
+            rest = list(history)[row.turns_skipped + cut.turns :]
+            return before + self.explain(tokenizer, question, answer, material, max_length, history=rest, system=system)
         tokens = []
         for part in parts:
             if part.kind == "question" and part.turn < 0:
-                shown = set(inside)
                 tokens += [
                     Token(one, "material" if index in shown else part.kind, index in gone)
                     for index, one in enumerate(part.ids)
@@ -251,13 +298,14 @@ class Prompt:
         system: str | None,
         answer: str | None,
         max_length: int | None,
+        learns_earlier: bool = True,
     ) -> RowTexts | None:
         """The texts of a row as they are tokenized; None if those that cannot be cut are too long to be worth it."""
-        turns = [(asked.strip(), said.strip()) for asked, said in history or ()]
+        turns = [(asked.strip(), self.answer_prefix + said.strip()) for asked, said in history or ()]
         if turns and self.next_turn is None:
             raise UserError("the chat template of this model has no form for rows of several turns: take another model")
         head = self.system_prompt if system is None else system.strip()
-        row_system = head if head or self.opening_alone is None else None
+        row_system = head if (head or self.opening_alone is None) and not self.system_in_user else None
         if max_length is not None:
             most = longest_text(max_length)
             if len(head) + len(question) + len(answer or "") > most:
@@ -266,12 +314,20 @@ class Prompt:
                 material = material.strip()[:most]
             while sum(len(text) for turn in turns for text in turn) > most:  # the oldest go first, as in `cut_to_fit`
                 turns = turns[1:]
-        user, told = user_turn(question, material), None if answer is None else answer.strip()
-        return RowTexts(row_system, turns, user, told, len(history or ()) - len(turns))
+        user, told = user_turn(question, material), None if answer is None else self.answer_prefix + answer.strip()
+        if self.system_in_user and head:
+            if turns:
+                turns[0] = self._with_system(turns[0][0], head), turns[0][1]
+            else:
+                more = len(self._with_system("", head))
+                user = self._with_system(user[0], head), user[1] + more, user[2] + more
+        return RowTexts(row_system, turns, user, told, len(history or ()) - len(turns), learns_earlier)
 
-    def _template_ids(self, tokenizer: PreTrainedTokenizerBase) -> TemplateIds:
-        pieces = (*self.template, self.opening_alone or "", self.next_turn or "")
-        return TemplateIds(*(token_ids(tokenizer, piece, special=True) for piece in pieces))
+    @property
+    def _template_texts(self) -> TemplateTexts:
+        before_answer = self.template[2]
+        earlier = before_answer if self.earlier_before_answer is None else self.earlier_before_answer
+        return TemplateTexts(*self.template, self.opening_alone or "", self.next_turn or "", earlier)
 
     def to_json(self) -> dict[str, Any]:
         """What prompt.json holds."""
@@ -293,9 +349,11 @@ class Prompt:
             or not all(type(token) is int and 0 <= token < 2**31 for token in stop_ids)
         ):
             raise UserError(f"{place}: stop_ids must be the numbers of tokens")
-        for name in ("opening_alone", "next_turn"):
+        for name in ("opening_alone", "next_turn", "earlier_before_answer", "answer_prefix"):
             if stored.get(name) is not None and not _is_text(stored[name]):
                 raise UserError(f"{place}: {name} must be text, or null")
+        if not isinstance(stored.get("template_kwargs") or {}, dict):
+            raise UserError(f"{place}: template_kwargs must be names and values")
         first, second, third, fourth = template
         return cls(
             stored["system_prompt"],
@@ -304,7 +362,22 @@ class Prompt:
             tuple(stop_ids),
             stored.get("opening_alone"),
             stored.get("next_turn"),
+            stored.get("system_in_user") is True,
+            stored.get("answer_prefix") or "",
+            stored.get("earlier_before_answer"),
+            stored.get("is_joined") is True,
+            stored.get("template_kwargs") or {},
         )
+
+
+def _agree(ours: list[int], theirs: list[int], stop_ids: tuple[int, ...]) -> bool:
+    """Whether two renderings of a conversation are the same up to the end of the last answer.
+
+    After it some templates add a line break; where a template has no end of its own, ours has the end of the text.
+    """
+    count = min(len(ours), len(theirs))
+    rest = [*ours[count:], *theirs[count:]]
+    return ours[:count] == theirs[:count] and len(rest) <= 4 and all(token in stop_ids for token in ours[count:])
 
 
 def _is_text(value: Any) -> bool:

@@ -73,7 +73,8 @@ def generate_ids(
     Questions of a batch are padded on the left, so each is followed by its own answer. A long material loses its end where the prompt
     would not leave room for an answer in the model's positions.
     """
-    most = model.config.max_position_embeddings - (generation.max_new_tokens or 0)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # BLOOM and MPT have none
+    most = positions - (generation.max_new_tokens or 0) if positions is not None else None
     encoded = prompt.encode(
         tokenizer, questions, materials=materials, max_length=most, histories=histories, systems=systems
     )
@@ -84,9 +85,7 @@ def generate_ids(
             questions[first : first + batch_size], encoded[first : first + batch_size], strict=True
         ):
             if one is None:
-                raise UserError(
-                    f"question is too long for the model ({model.config.max_position_embeddings} positions): {question[:60]!r}..."
-                )
+                raise UserError(f"question is too long for the model ({positions} positions): {question[:60]!r}...")
             rows.append(one.input_ids)
         width = max(map(len, rows))
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows], device=model.device)

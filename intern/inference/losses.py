@@ -18,7 +18,7 @@ def answer_losses(
     """
     model.eval()
     results = []
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder = model.get_decoder()
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
         width = max(len(row["input_ids"]) for row in batch)
@@ -31,10 +31,30 @@ def answer_losses(
             [row["labels"] + [IGNORED] * more for row, more in zip(batch, pad, strict=True)], device=model.device
         )
         mask = torch.tensor([[1] * (width - more) + [0] * more for more in pad], device=model.device)
-        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        output = decoder(input_ids=ids, attention_mask=mask, use_cache=False)
         targets = labels[:, 1:]
         where = targets != IGNORED
-        losses = torch.nn.functional.cross_entropy(head(hidden[where]).float(), targets[where], reduction="none")
+        logits = _logits(model, decoder, output, output.last_hidden_state[:, :-1][where])
+        losses = torch.nn.functional.cross_entropy(logits.float(), targets[where], reduction="none")
         counts = where.sum(dim=1).tolist()
         results += [(part.sum().item(), count) for part, count in zip(losses.split(counts), counts, strict=True)]
     return results
+
+
+def _logits(model: Any, decoder: Any, output: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's own logits (positions, vocabulary) of hidden states (positions, hidden size).
+
+    The model's forward runs with a decoder that returns these states, so scaled and capped logits come out as the model makes them,
+    whatever its family calls the numbers.
+    """
+    output.last_hidden_state = hidden[None]
+    replaced = decoder.__dict__.get("forward")
+    decoder.forward = lambda *arguments, **more: output
+    try:
+        positions = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        logits: torch.Tensor = model(input_ids=positions, use_cache=False).logits[0]
+    finally:
+        del decoder.forward
+        if replaced is not None:
+            decoder.forward = replaced
+    return logits

@@ -156,7 +156,9 @@ class Facts:
     def prompt(self) -> "Prompt":
         from intern.data.prompt import Prompt
 
-        return Prompt.from_tokenizer(self.tokenizer, self.data.system_prompt or "", self.data.context)
+        return Prompt.from_tokenizer(
+            self.tokenizer, self.data.system_prompt or "", self.data.context, self.data.template_kwargs
+        )
 
     @fact
     def adapted(self) -> Any:

@@ -139,7 +139,9 @@ def prepare(cfg: DictConfig) -> Material:
     args.padding_free = args.padding_free or batches_need_no_padding(
         plain(cfg), lambda: Shape(base.config, base.skeleton, tokenizer)
     )
-    prompt = Prompt.from_tokenizer(tokenizer, found.data.system_prompt or "", found.data.context)
+    prompt = Prompt.from_tokenizer(
+        tokenizer, found.data.system_prompt or "", found.data.context, found.data.template_kwargs
+    )
     data = prepare_data(found, tokenizer, prompt, int(args.max_length or 0))
     packs = pack(data.train_tokens.rows, args)
     return Material(prompt, tokenizer, args, data, packs)

@@ -34,8 +34,8 @@ def fuse_norms(model: torch.nn.Module) -> Patches:
     patches = Patches()
     for layer in decoder_layers(model):
         for name in _NORMS if only_adds_its_mlp(layer) else ():
-            norm = getattr(layer, name)
-            if _is_frozen_rms_norm(norm):
+            norm = getattr(layer, name, None)  # Cohere's layers have one norm for attention and MLP
+            if norm is not None and _is_frozen_rms_norm(norm):
                 patches.set(norm, "forward", types.MethodType(_forward(layer, name), norm))
     return patches
 

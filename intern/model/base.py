@@ -31,6 +31,7 @@ from transformers import (
 from intern.config.build import check_names, plain
 from intern.errors import UserError
 from intern.kernels.isolated_attention import KNOWN, NAME, register
+from intern.model.attention import choose_attention
 from intern.model.precision import Precision
 from intern.model.quantized_cache import QuantizedCache, used
 from intern.paths import find
@@ -78,6 +79,7 @@ class Base:
                 f"model.pretrained_model_name_or_path={name}: is an adapter's folder: give the base model's"
             )
         self.config: PreTrainedConfig = self._fetch(AutoConfig)
+        self.longest: int | None = None  # tokens of the longest training row
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with a padding token that is never the end of a turn where the vocabulary has one to spare."""
@@ -209,7 +211,7 @@ class Base:
         return model
 
     def _attention(self) -> str | None:
-        name = self._arguments.get("attn_implementation")
+        name = choose_attention(self.config, self._arguments.get("attn_implementation"), self.longest).name
         return register() if name == NAME else name
 
     def _fetch(self, loader: Any, **arguments: Any) -> Any:

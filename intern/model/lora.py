@@ -1,7 +1,12 @@
 """conf/lora -> peft.LoraConfig."""
 
+import re
+from dataclasses import replace
+
+import torch
 from omegaconf import DictConfig
 from peft import LoraConfig
+from transformers import PreTrainedModel
 
 from intern.config.build import build, plain
 
@@ -13,3 +18,43 @@ def build_lora(node: DictConfig) -> LoraConfig:
         UserError: an unknown key, a value of the wrong type, or one that PEFT refuses.
     """
     return build(LoraConfig, plain(node), "lora")
+
+
+def limit_to_text(lora: LoraConfig, skeleton: PreTrainedModel) -> LoraConfig:
+    """Keep adapters out of the towers of other senses, which text never reaches.
+
+    Args:
+        lora: conf/lora.
+        skeleton: the model without weights.
+
+    Returns:
+        The configuration with those towers in `exclude_modules`; itself if the model has none.
+    """
+    decoder = skeleton.get_decoder()
+    place = next((name for name, module in skeleton.named_modules() if module is decoder), "")
+    head = skeleton.get_output_embeddings()
+    towers = sorted(
+        {
+            _outside(name, place)
+            for name, module in skeleton.named_modules()
+            if isinstance(module, torch.nn.Linear) and module is not head and not name.startswith(f"{place}.")
+        }
+    )
+    if not place or not towers:
+        return lora
+    ours = "|".join(rf"{re.escape(tower)}(\..*)?" for tower in towers)
+    theirs = lora.exclude_modules
+    if theirs:
+        names = theirs if isinstance(theirs, str) else "|".join(rf"(.*\.)?{re.escape(name)}" for name in sorted(theirs))
+        ours = f"{names}|{ours}"
+    return replace(lora, exclude_modules=ours)
+
+
+def _outside(name: str, place: str) -> str:
+    """The outermost module around `name` that does not also hold the module at `place`."""
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        root = ".".join(parts[:count])
+        if not f"{place}.".startswith(f"{root}."):
+            return root
+    return name

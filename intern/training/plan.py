@@ -1,5 +1,6 @@
 """A composed configuration -> everything that a training run needs, checked before weights load."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,17 @@ from intern.data.prompt import Prompt
 from intern.data.settings import DataConfig
 from intern.data.tokenize import Tokenized
 from intern.memory.callback import FitMemory
+from intern.model.attention import choose_attention
 from intern.model.base import Base
-from intern.model.lora import build_lora
+from intern.model.lora import build_lora, limit_to_text
 from intern.model.precision import Precision, plan_training
 from intern.model.quant import build_quant
 from intern.runs.directory import Run
 from intern.training.rules import Shape, batches_need_no_padding, check_shape, check_values
 from intern.training.trackers import check_logger
 from intern.training.trainer import AUTO, StepRules, build_rules, build_training_args
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,19 @@ def build_plan(cfg: DictConfig, run: Run) -> TrainingPlan:
     tokenizer = base.tokenizer()
     shape = Shape(base.config, base.skeleton, tokenizer)
     check_shape(values, shape, lora)
+    lora = limit_to_text(lora, base.skeleton)
+    base.longest = int(trainer["max_length"])
+    attention = choose_attention(base.config, cfg.model.get("attn_implementation"), base.longest)
+    if attention.instead:
+        log.info("attention: %s (%s)", attention.name or "the library's choice", attention.instead)
+    if args.packing and not attention.packs:
+        log.info("rows are not packed: %s cannot keep packed rows apart", base.config.model_type)
+        args.packing = False
+        args.dataset_kwargs = {"skip_prepare_dataset": True}
     args.padding_free = args.padding_free or batches_need_no_padding(values, lambda: shape)
-    prompt = Prompt.from_tokenizer(tokenizer, data.data.system_prompt or "", data.data.context)
+    prompt = Prompt.from_tokenizer(
+        tokenizer, data.data.system_prompt or "", data.data.context, data.data.template_kwargs
+    )
     prepared = prepare(data, tokenizer, prompt, int(trainer["max_length"]))
     memory = None
     if args.activation_checkpointing and precision.device == "cuda":

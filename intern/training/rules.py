@@ -26,6 +26,7 @@ from transformers.training_args import OptimizerNames
 from intern.config.build import check_names
 from intern.errors import UserError
 from intern.kernels.isolated_attention import NAME as ISOLATED
+from intern.model.attention import choose_attention
 from intern.paths import CONF_DIR
 
 Groups = Mapping[str, Any]  # {"lora": {"r": 16, ...}, ..., "seed": 42}
@@ -323,27 +324,19 @@ def batches_need_no_padding(cfg: Groups, shape: Callable[[], Shape]) -> bool:
     """
     trainer = cfg["trainer"]
     several = not trainer.get("packing") and trainer.get("per_device_train_batch_size", 8) > 1
-    return several and cfg["model"].get("attn_implementation") == ISOLATED and _why_rows_mix(cfg, shape()) is None
+    if not several or cfg["model"].get("attn_implementation") != ISOLATED:
+        return False
+    attention = choose_attention(shape().config, ISOLATED, int(trainer["max_length"]))
+    return attention.packs and attention.name == ISOLATED
 
 
 def _why_rows_mix(cfg: Groups, shape: Shape) -> str | None:
-    text = shape.config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ())
-    remedy = "take trainer.packing=false"
-    name, kind = cfg["model"].get("attn_implementation"), shape.config.model_type
-    if any(word in layer for layer in kinds for word in _RECURRENT) or not _takes(shape.model.forward, "position_ids"):
-        return f"trainer.packing=true: {kind} cannot keep packed rows apart: {remedy}"
-    if name != ISOLATED:
+    attention = choose_attention(
+        shape.config, cfg["model"].get("attn_implementation"), int(cfg["trainer"]["max_length"])
+    )
+    if attention.packs:
         return None
-    if not shape.model._supports_attention_backend:
-        return f"model.attn_implementation={ISOLATED}: {kind} has an attention of its own: take eager, or trainer.packing=false"
-    window = getattr(text, "sliding_window", None)
-    if window and getattr(text, "use_sliding_window", True) and window < int(cfg["trainer"]["max_length"]):
-        return (
-            f"model.attn_implementation={ISOLATED}: has no sliding window, and the model's is {window} tokens: "
-            f"take sdpa, or trainer.max_length={window}"
-        )
-    return None
+    return f"trainer.packing=true: {shape.config.model_type} cannot keep packed rows apart: take trainer.packing=false"
 
 
 OF_VALUES: tuple[Callable[[Groups], str | None], ...] = (
@@ -370,7 +363,6 @@ OF_SHAPE: tuple[Callable[[Groups, Shape, LoraConfig], str | None], ...] = (
     target_modules_are_in_the_model,
     something_is_left_to_train,
     the_rank_is_no_larger_than_the_model,
-    packed_rows_can_be_kept_apart,
 )
 
 

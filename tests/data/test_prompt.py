@@ -132,7 +132,7 @@ def test_a_prompt_survives_its_file(prompt):
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}go{% endif %}", "opens an answer differently"),
         ("{{ bos_token }}{{ bos_token }}{% for m in messages %}<|eot_id|>{{ m['content'] }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|eot_id|>{% endif %}", "more than one"),
         ("{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}[{% endif %}", "without a special token"),
-        ("{{ raise_exception('no system turn') }}", "refuses a system"),
+        ("{{ raise_exception('no system turn') }}", "refuses a user and an assistant turn"),
     ],
 )  # fmt: skip
 def test_a_chat_template_that_breaks_the_contract_is_refused(template, message):
