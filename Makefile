@@ -40,6 +40,7 @@ test-upstream: install ## what the newest release of every library would break, 
 	echo "private names: $$names, suite: $$suite (0: nothing breaks)"; test $$names -eq 0 -a $$suite -eq 0
 
 docs: install ## the documentation as a site in build/docs
+	$(RUN) scripts/source_tree.py
 	$(VENV)/bin/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
 
 lint: install ## ruff, mypy and the direction of imports
