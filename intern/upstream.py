@@ -230,7 +230,7 @@ TABLE = (
         "transformers.modeling_layers:GradientCheckpointingLayer",
         (
             "intern.kernels.recompute:_checkpoint_with",
-            "intern.kernels.cuda_graphs:_run",
+            "intern.kernels.cuda_graphs:_run_layers",
             "intern.kernels.decoder_layers:decoder_layers",
         ),
         "is the base class of every decoder layer; a checkpointed one calls its attribute _gradient_checkpointing_func",
@@ -257,7 +257,7 @@ TABLE = (
     ),
     Upstream(
         "transformers.models.llama.modeling_llama:LlamaRMSNorm",
-        ("intern.kernels.rms_norm:_is_this",),
+        ("intern.kernels.rms_norm:_is_frozen_rms_norm",),
         "has weight and variance_epsilon",
         "silent: norms are not fused",
         source=("self.variance_epsilon = eps",),
@@ -388,7 +388,7 @@ TABLE = (
     ),
     Upstream(
         f"{_LOGPROB}:_use_triton",
-        ("intern.kernels.lm_head:_run",),
+        ("intern.kernels.lm_head:_kernel",),
         "says whether the kernels are Triton's on this device",
         "loud",
         "(device)",
@@ -403,7 +403,7 @@ TABLE = (
     *(
         Upstream(
             f"{_LOGPROB}:_forward_{form}",
-            ("intern.kernels.lm_head:LogProbs.forward", "intern.kernels.lm_head:_run"),
+            ("intern.kernels.lm_head:LogProbs.forward", "intern.kernels.lm_head:_kernel"),
             "folds the logits of some positions into running sums; the first 12 arguments are passed by position",
             "loud if an argument is added, silent if two are swapped",
             f"({logits}_stride, {targets}, {sums}, vocab_start, n_cols, logit_scale, softcap, inv_t, HAS_SOFTCAP, "
@@ -427,7 +427,7 @@ TABLE = (
     *(
         Upstream(
             f"{_LOGPROB}:_backward_{form}",
-            ("intern.kernels.lm_head:LogProbs.forward", "intern.kernels.lm_head:_run"),
+            ("intern.kernels.lm_head:LogProbs.forward", "intern.kernels.lm_head:_kernel"),
             "turns the logits of some positions into their gradients in place; the first 9 arguments are passed by position",
             "loud if an argument is added, silent if two are swapped",
             f"({logits}_stride, {others}, vocab_start, n_cols, logit_scale, softcap, inv_t, HAS_SOFTCAP, "
@@ -449,7 +449,7 @@ TABLE = (
     ),
     Upstream(
         "trl.trainer.utils:add_fused_lm_head",
-        ("intern.kernels.lm_head:score_positions", "intern.kernels.lm_head:_NO_PART"),
+        ("intern.kernels.lm_head:score_positions", "intern.kernels.lm_head:_SCALING_KEYS"),
         "scales logits by these keys of a model's configuration and by no other",
         "silent: a model with another scaling key gets wrong logits",
         "(model, temperature, cast_lm_head_to_fp32, outputs)",
@@ -458,7 +458,7 @@ TABLE = (
     # --- PEFT
     Upstream(
         f"{_LORA}.bnb:Linear4bit.forward",
-        ("intern.kernels.lora_linear:_Weight.of", "intern.kernels.lora_linear:_is_plain"),
+        ("intern.kernels.lora_linear:_weight", "intern.kernels.lora_linear:_is_plain"),
         "result + lora_B(lora_A(dropout(x))) * scaling, unless the adapter is merged, disabled or a variant",
         "silent: the fused product computes something else (a test compares the two)",
         "(self, x, *args, **kwargs)",
@@ -473,7 +473,7 @@ TABLE = (
     Upstream(
         f"{_LORA}:LoraLayer",
         (
-            "intern.kernels.lora_linear:_Weight.of",
+            "intern.kernels.lora_linear:_weight",
             "intern.kernels.lora_linear:_is_plain",
             "intern.inspection.context:Facts.peak",
         ),
@@ -500,21 +500,21 @@ TABLE = (
     # --- bitsandbytes
     Upstream(
         "bitsandbytes.backends.cuda.ops:_dequantize_4bit_impl",
-        ("intern.kernels.lora_linear:_dequantized",),
+        ("intern.kernels.quantized_weight:_dequantized",),
         "writes the dequantized weight to `out`",
         "loud, on a GPU only",
         "(A, absmax, blocksize, quant_type, dtype, out)",
     ),
     Upstream(
         "bitsandbytes.backends.cuda.ops:_dequantize_blockwise_impl",
-        ("intern.kernels.lora_linear:_dequantized",),
+        ("intern.kernels.quantized_weight:_dequantized",),
         "writes the dequantized scales to `out`",
         "loud, on a GPU only",
         "(A, absmax, code, blocksize, dtype, out)",
     ),
     Upstream(
         "bitsandbytes.functional:QuantState",
-        ("intern.kernels.lora_linear:_dequantized", "intern.model.base:Base.load"),
+        ("intern.kernels.quantized_weight:_dequantized", "intern.model.base:Base.load"),
         "has these fields; `nested` says that absmax is quantized too, with `state2` and `offset`",
         "loud, on a GPU only; silent for dtype: weights are dequantized to another dtype",
         "(absmax, shape, code, blocksize, quant_type, dtype, offset, state2)",
@@ -544,14 +544,14 @@ TABLE = (
     # --- accelerate
     Upstream(
         "accelerate.data_loader:SeedableRandomSampler",
-        ("intern.memory.probe:coming_batches",),
+        ("intern.memory.batches:coming_batches",),
         "draws the order of an epoch from its seed and its attribute epoch",
         "silent: the memory plan takes the longest rows instead of the batches that come",
         source=("seed = self.epoch + self.initial_seed", "self.epoch = epoch"),
     ),
     Upstream(
         "accelerate.data_loader:BatchSamplerShard",
-        ("intern.memory.probe:coming_batches",),
+        ("intern.memory.batches:coming_batches",),
         "keeps the sampler of all processes in batch_sampler",
         "silent: the memory plan takes the longest rows instead of the batches that come",
         source=("self.batch_sampler = batch_sampler",),
@@ -599,13 +599,13 @@ TABLE = (
         )
         for name, place in (
             ("_foreach_norm", "intern.training.health:_sizes"),
-            ("_foreach_add_", "intern.kernels.cuda_graphs:_Sums.add"),
-            ("_foreach_zero_", "intern.kernels.cuda_graphs:_Sums.attach"),
+            ("_foreach_add_", "intern.kernels.cuda_graphs:_GradientSums.add"),
+            ("_foreach_zero_", "intern.kernels.cuda_graphs:_GradientSums.attach"),
         )
     ),
     Upstream(
         "torch:Tensor.grad_fn",
-        ("intern.kernels.recompute:_forget", "intern.kernels.rms_norm:_forward"),
+        ("intern.kernels.recompute:_free_unread_sum", "intern.kernels.rms_norm:_forward"),
         "the node of a sum is called AddBackward0 and saves neither its output nor its inputs",
         "silent: if autograd saved a sum's output, gradients would be wrong (tests compare them)",
     ),

@@ -151,18 +151,24 @@ def is_private(name):
 
 
 def private_names(node):
-    """(name, whether it is `self`'s, line) of private attributes that a piece of source reads, sets or asks for by getattr."""
+    """(name, whether it is `self`'s, line) of private attributes that a piece of source reads, sets or names in a call such as getattr."""
     for one in ast.walk(node):
         if isinstance(one, ast.Attribute) and is_private(one.attr):
-            yield one.attr, isinstance(one.value, ast.Name) and one.value.id in ("self", "cls"), one.lineno
+            yield one.attr, is_self(one.value), one.lineno
         elif (
-            isinstance(one, ast.Call)
-            and isinstance(one.func, ast.Name)
-            and one.func.id in ("getattr", "setattr", "hasattr")
+            isinstance(one, ast.Call) and len(one.args) > 1 and called(one) in ("getattr", "setattr", "hasattr", "set")
         ):
             name = one.args[1]
             if isinstance(name, ast.Constant) and is_private(str(name.value)):
-                yield name.value, isinstance(one.args[0], ast.Name) and one.args[0].id == "self", one.lineno
+                yield name.value, is_self(one.args[0]), one.lineno
+
+
+def is_self(node):
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def called(node):
+    return getattr(node.func, "id", None) or getattr(node.func, "attr", None)
 
 
 def rows_for(name, module):
@@ -189,14 +195,14 @@ def test_every_private_name_of_another_library_has_a_row():
     faults = []
     for module, tree in modules().items():
         own = {name for name, _ in defined(tree)}
-        for name, is_self, line in private_names(tree):
-            if not is_self and name not in OURS and not rows_for(name, module):
+        for name, of_self, line in private_names(tree):
+            if not of_self and name not in OURS and not rows_for(name, module):
                 faults.append(f"{module}:{line}: {name}")
         for name, node in defined(tree):
             if isinstance(node, ast.ClassDef) and is_foreign(node, own):
                 assigned = {one.rpartition(".")[2] for one, _ in defined(node)} | assigned_to_self(node)
-                for private, is_self, line in private_names(node):
-                    if is_self and private not in assigned and not rows_for(private, module):
+                for private, of_self, line in private_names(node):
+                    if of_self and private not in assigned and not rows_for(private, module):
                         faults.append(f"{module}:{line}: {name}: self.{private}")
     assert not faults, "private names of other libraries without a row in intern/upstream.py:\n" + "\n".join(faults)
 
@@ -256,8 +262,15 @@ def test_every_undocumented_import_path_has_a_row():
 
 
 def test_the_scan_finds_what_it_is_for():
-    tree = ast.parse("def f(x):\n    x._private = getattr(x, '_other')\n    return self._own, x.__dict__\n")
-    assert sorted(private_names(tree)) == [("_other", False, 2), ("_own", True, 3), ("_private", False, 2)]
+    tree = ast.parse(
+        "def f(x):\n    x._private = getattr(x, '_other')\n    patches.set(x, '_set', 1)\n    return self._own, x.__dict__\n"
+    )
+    assert sorted(private_names(tree)) == [
+        ("_other", False, 2),
+        ("_own", True, 4),
+        ("_private", False, 2),
+        ("_set", False, 3),
+    ]
     assert len(TABLE) > 50 and len(modules()) > 60
 
 
