@@ -332,6 +332,16 @@ def test_links_between_the_pages_lead_somewhere():
     assert not faults, "\n".join(faults)
 
 
+def test_files_that_the_pages_name_exist():
+    faults = []
+    for page in PAGES:
+        for span in re.findall(r"`([^`\n]+)`", without_fences(page.read_text(encoding="utf-8"))):
+            path = re.fullmatch(r"(?:intern|conf|scripts|tests|hydra_plugins|docs|data)/[\w./-]*", span)
+            if path and not (ROOT / span).exists():
+                faults.append(f"{page.relative_to(ROOT)}: {span}")
+    assert not faults, "\n".join(faults)
+
+
 def test_the_source_tree_in_the_architecture_page_is_the_real_one():
     line = [sys.executable, "scripts/source_tree.py", "--check"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
