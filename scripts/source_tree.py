@@ -21,7 +21,10 @@ MOST = 90  # characters of a phrase
 def phrase(file: Path) -> str:
     """What a file is for: the first sentence of its docstring, or of `main` if that is the command's usage."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    paragraphs = [" ".join(one.split()) for one in (ast.get_docstring(tree) or "").split("\n\n")]
+    text = ast.get_docstring(tree)
+    if not text:
+        sys.exit(f"{file.relative_to(PROJECT)}: has no docstring: its first sentence says what the file is for")
+    paragraphs = [" ".join(one.split()) for one in text.split("\n\n")]
     if re.match(r"python [^:]*$", paragraphs[0]):
         mains = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
         paragraphs = [ast.get_docstring(one) or "" for one in mains if ast.get_docstring(one)] or paragraphs[1:]
@@ -55,7 +58,9 @@ def tree() -> str:
     layers = [layer.split(" | ") for layer in contract["contracts"][0]["layers"]]
     root = PROJECT / "intern"
     rows = [line("intern/", "", 0)]
-    for name in (one for layer in layers for one in layer):
+    ordered = [one for layer in layers for one in layer]
+    rest = {one.stem for one in root.iterdir() if one.suffix == ".py" or (one / "__init__.py").is_file()}
+    for name in ordered + sorted(rest - {"__init__", *ordered}):
         if (root / f"{name}.py").is_file():
             rows.append(line(f"{name}.py", phrase(root / f"{name}.py"), 1))
         else:
