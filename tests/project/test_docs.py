@@ -214,11 +214,10 @@ def has_key(cfg, key):
 def kind(command):
     """Commands that take the same way through the code: only one of each is run."""
     if command.module != "train":
-        return (command.module, *sorted(set(command.keys) - {"run_dir", "question"}))
-    values = " ".join(command.overrides)
-    return ("train", "--multirun" in command.words, "--cfg" in command.words, "resume" in command.keys, *(
-        mark for mark in ("rank_sweep", "optuna", "eval_strategy", "mine.jsonl", "max_steps=300") if mark in values
-    ))  # fmt: skip
+        return (command.module, *sorted({"against", "html", "row", "format", "sort_by"} & set(command.keys)))
+    words = " ".join(command.words)
+    marks = ("--multirun", "--cfg", "resume=", "rank_sweep", "optuna", "eval_strategy", "mine.jsonl", "max_steps=300")
+    return ("train", *(mark for mark in marks if mark in words))
 
 
 def shortened(command):
