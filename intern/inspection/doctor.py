@@ -111,8 +111,8 @@ def check_configuration(facts: Facts) -> Check:
     """The groups through the same rules and builders that training calls."""
     from intern.config.build import plain
     from intern.model.lora import build_lora
+    from intern.training.arguments import build_rules
     from intern.training.rules import check_values
-    from intern.training.trainer import build_rules
 
     check_values({name: value for name, value in plain(facts.cfg).items() if name not in _OWN})
     _ = facts.logger
@@ -347,9 +347,9 @@ def check_run_directory(facts: Facts) -> Check:
 
 def check_tracker(facts: Facts) -> Check:
     """W&B: its mode, a key, and whether it answers."""
-    values = facts.known("logger", "configuration")
-    mode = values.get("mode") or os.environ.get("WANDB_MODE")
-    if not values or mode in ("offline", "disabled"):
+    settings = facts.known("logger", "configuration").get("wandb")
+    mode = (settings is not None and settings.mode) or os.environ.get("WANDB_MODE")
+    if settings is None or mode in ("offline", "disabled"):
         return Check("W&B", GREEN, mode or "off (logger=none)")
     import wandb
 

@@ -20,8 +20,8 @@ from intern.model.precision import Precision
 from intern.model.quant import build_quant
 from intern.paths import CONF_DIR
 from intern.runs.directory import Run
+from intern.training.arguments import build_rules, build_training_args
 from intern.training.trackers import check_logger
-from intern.training.trainer import build_rules, build_training_args
 
 GROUPS = {
     group: sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
@@ -44,7 +44,7 @@ def test_the_groups_have_the_promised_options():
     assert GROUPS["lora"] == ["all_linear", "all_linear_rslora", "dora", "qkvo"]
     assert GROUPS["trainer"] == ["ampere", "cpu_min100", "t4_min100"]
     assert GROUPS["data"] == ["train_jsonl"]
-    assert GROUPS["logger"] == ["none", "wandb"]
+    assert GROUPS["logger"] == ["none", "tensorboard", "wandb"]
     assert GROUPS["experiment"] == ["rank_sweep", "tiny_cpu"]
     assert GROUPS["generation"] == ["greedy", "sample"]
 
@@ -85,7 +85,7 @@ def test_every_trainer_builds(name, tmp_path):
 
 @pytest.mark.parametrize("name", GROUPS["logger"])
 def test_every_logger_builds(name):
-    assert bool(check_logger(composed(f"logger={name}").logger)) is (name == "wandb")
+    assert bool(check_logger(composed(f"logger={name}").logger)) is (name != "none")
 
 
 @pytest.mark.parametrize("name", GROUPS["data"])
