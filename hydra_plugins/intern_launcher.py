@@ -1,4 +1,4 @@
-"""hydra/launcher=process, gpus or slurm: each job of a sweep is a command of its own, `python -m intern.train ... hydra.run.dir=ITS_FOLDER`."""
+"""hydra/launcher=process, gpus or slurm: every job of a sweep runs as its own command, `python -m intern.train ... hydra.run.dir=ITS_FOLDER`."""
 
 import contextlib
 import copy
@@ -33,17 +33,26 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """A job of a sweep: its number, its own overrides and its run directory; after it ran, the exit code of its command."""
+    """A job of a sweep.
+
+    Args:
+        number: its place in the sweep.
+        overrides: its own ones.
+        run: its run directory.
+        command: what is executed.
+        exit_code: of the command; negative: the signal that ended it; None: it did not run to its end.
+        reason: why there is no exit code.
+    """
 
     number: int
     overrides: list[str]
     run: Run
     command: list[str]
-    exit_code: int | None = None  # below zero: the signal that ended it; None: it never ran to its end
-    reason: str | None = None  # where there is no exit code
+    exit_code: int | None = None
+    reason: str | None = None
 
     def failure(self) -> str | None:
-        """Why it failed; None where it did not."""
+        """Return why the job failed in one line, or None if it did not."""
         if self.exit_code == 0:
             return None
         if self.exit_code is None:
@@ -52,21 +61,21 @@ class Job:
             name = signal.Signals(-self.exit_code).name
             return f"killed by {name}" + (" (host memory?)" if name == "SIGKILL" else "")
         if self.exit_code - 128 in list(signal.Signals):
-            return f"interrupted by {signal.Signals(self.exit_code - 128).name}: the same sweep goes on from there"
-        with contextlib.suppress(UserError):  # an interpreter that could not start, say, has left no failure.json
+            return f"interrupted by {signal.Signals(self.exit_code - 128).name}: the same sweep resumes from there"
+        with contextlib.suppress(UserError):  # an interpreter that could not start has left no failure.json
             return str(self.run.read_json(self.run.failure)["error"])
         return f"exit code {self.exit_code}"
 
 
 class CommandLauncher(Launcher):
-    """Runs each job as a command and returns what the jobs scored: a crash takes down nothing else, and all memory goes with its process."""
+    """Runs every job as a command: a crash affects no other job, and memory is freed with the process."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context = hydra_context
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Hydra's entry: the overrides of each job -> their scores, NaN for a job that failed."""
+        """Run the jobs, called by Hydra with the overrides of each; return values are their scores, NaN for a job that failed."""
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         before = HydraConfig.instance().cfg
         try:
@@ -77,7 +86,7 @@ class CommandLauncher(Launcher):
         return [self._result(job, config) for job, config in made]
 
     def run(self, jobs: list[Job]) -> None:
-        """Runs the jobs' commands and sets their exit codes."""
+        """Run the jobs' commands and set their exit codes."""
         raise NotImplementedError
 
     def _job(self, number: int, overrides: list[str]) -> tuple[Job, DictConfig]:
@@ -95,11 +104,11 @@ class CommandLauncher(Launcher):
             for source in self.config.hydra.runtime.config_sources
             if source.provider == "command-line"
         ]
-        # Later overrides win: these say that it is a single run, and where the sweep is that it belongs to.
+        # Later overrides win: these make it a single run, and say which sweep it belongs to.
         place = ["hydra.mode=RUN", f"hydra.run.dir={_quoted(run.path)}", f"hydra.sweep.dir={_quoted(sweep_dir)}"]
         inherited = [one for one in self.config.hydra.overrides.hydra if not one.startswith("hydra.sweep")]
         command = [sys.executable, "-m", "intern.train", *more, *overrides, *inherited, *place]
-        sweep.jobs[number] = overrides
+        sweep.record.overrides[number] = overrides
         return Job(number, overrides, run, command), config
 
     def _result(self, job: Job, config: DictConfig) -> JobReturn:
@@ -107,7 +116,7 @@ class CommandLauncher(Launcher):
         if (failure := job.failure()) is None:
             score = job.run.score()
         else:
-            sweep.failures.append(sweep.Failure(job.number, failure, bad_input=job.exit_code == 2))
+            sweep.record.failures.append(sweep.Failure(job.number, failure, bad_input=job.exit_code == 2))
         task_cfg = copy.deepcopy(config)
         with open_dict(task_cfg):
             del task_cfg["hydra"]
@@ -118,13 +127,17 @@ class CommandLauncher(Launcher):
 
 
 def _quoted(path: Path) -> str:
-    """A path as Hydra's grammar takes any text."""
+    """Return a path as text in Hydra's grammar."""
     text = str(path).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{text}'"
 
 
 class ProcessLauncher(CommandLauncher):
-    """Jobs as processes on this machine, one after another, or one on each device at a time."""
+    """Runs jobs as processes on this machine: one after another, or one at a time on each device.
+
+    Args:
+        devices: values of CUDA_VISIBLE_DEVICES, "all", or None: one job at a time on all devices.
+    """
 
     def __init__(self, devices: Sequence[int | str] | str | None) -> None:
         self.devices = devices
@@ -136,7 +149,7 @@ class ProcessLauncher(CommandLauncher):
         names = _devices(self.devices)
         for name in names:
             devices.put(name)
-        log.info("%d jobs, %d at a time, each in a process of its own", len(jobs), len(names))
+        log.info("%d jobs, %d at a time, each in its own process", len(jobs), len(names))
 
         def work(job: Job) -> None:
             device = devices.get()
@@ -145,11 +158,11 @@ class ProcessLauncher(CommandLauncher):
             finally:
                 devices.put(device)
 
-        with self._handing_on_signals(), ThreadPoolExecutor(len(names)) as pool:
+        with self._forwarding_signals(), ThreadPoolExecutor(len(names)) as pool:
             list(pool.map(work, jobs))
         if self._signal:
             log.warning(
-                "sweep stopped: the same command with %s goes on",
+                "sweep stopped; to resume: the same command with %s",
                 shlex.quote(f"hydra.sweep.dir={self.config.hydra.sweep.dir}"),
             )
             sys.exit(128 + self._signal)
@@ -163,12 +176,12 @@ class ProcessLauncher(CommandLauncher):
         if not WANTS_TRACEBACK:
             environment.pop("HYDRA_FULL_ERROR", None)
         with contextlib.ExitStack() as stack:
-            # Several jobs at once would write over each other's progress: train.log has what they say, terminal.log what crashes say.
+            # Progress of several jobs at once would be unreadable: train.log has their messages, terminal.log those of crashes.
             output = stack.enter_context((job.run.path / "terminal.log").open("wb")) if quiet else None
-            # A group of its own: the terminal's Ctrl-C reaches this process alone, which hands it on once.
+            # Its own process group: the terminal's Ctrl-C reaches only this process, which forwards it once.
             process = subprocess.Popen(job.command, env=environment, stdout=output, stderr=output, process_group=0)
             self._running[job.number] = process
-            if self._signal:  # it came while the process was being started
+            if self._signal:  # it arrived while the process was being started
                 process.send_signal(self._signal)
             job.exit_code = process.wait()
             del self._running[job.number]
@@ -176,15 +189,15 @@ class ProcessLauncher(CommandLauncher):
             log.info("\t#%d : %s", job.number, job.failure() or f"done, score {job.run.score():.4f}")
 
     @contextlib.contextmanager
-    def _handing_on_signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM go to the running jobs, which save a checkpoint; no other job is started."""
+    def _forwarding_signals(self) -> Iterator[None]:
+        """Forward Ctrl-C and SIGTERM to the running jobs, which save a checkpoint; no other job is started."""
 
-        def hand_on(number: int, frame: Any) -> None:
+        def forward(number: int, frame: Any) -> None:
             self._signal = number
             for process in list(self._running.values()):
                 process.send_signal(number)
 
-        before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
@@ -193,14 +206,14 @@ class ProcessLauncher(CommandLauncher):
 
 
 def _devices(wanted: Sequence[int | str] | str | None) -> list[str | None]:
-    """Values of CUDA_VISIBLE_DEVICES, one for each job at a time; [None] where jobs take turns on all there is."""
+    """Return values of CUDA_VISIBLE_DEVICES, one for each job that runs at the same time; [None]: one job on all devices."""
     if wanted is None:
         return [None]
     if wanted != "all":
         return [str(device) for device in wanted]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return [name.strip() for name in visible.split(",")]
-    import torch  # heavy: only where the devices are to be counted
+    import torch  # heavy: only if devices must be counted
 
     if not torch.cuda.device_count():
         raise UserError("hydra.launcher.devices=all: no CUDA GPU found; hydra/launcher=process needs none")
@@ -208,23 +221,23 @@ def _devices(wanted: Sequence[int | str] | str | None) -> list[str | None]:
 
 
 class SlurmJob:
-    """What runs on the cluster's node: the job's command. SLURM's warning before the time is up makes it save and wait in the queue again."""
+    """Runs a job's command on a node of the cluster. At SLURM's warning before its time is up, it saves and is queued again."""
 
     def __init__(self, command: list[str]) -> None:
         self.command = command
 
     def __call__(self) -> int:
-        # A group of its own: the warning's signal, which goes to all, would end it before it has saved.
+        # Its own process group: the warning's signal, which is sent to all, would end it before it has saved.
         self.process = subprocess.Popen(self.command, process_group=0)
         signal.signal(signal.SIGTERM, lambda number, frame: self.process.send_signal(number))
-        # In a thread: signal handlers interrupt the main one, and two waits in one thread would lock each other out.
+        # In a thread: signal handlers interrupt the main thread, and two waits in one thread would block each other.
         self.waiting = threading.Thread(target=self.process.wait)
         self.waiting.start()
         self.waiting.join()
         return self.process.returncode
 
     def checkpoint(self) -> Any:
-        """Called by submitit at the warning; what it returns is put into the queue."""
+        """Return what submitit, which calls this at the warning, puts into the queue."""
         from submitit.helpers import DelayedSubmission
 
         self.process.terminate()
@@ -233,7 +246,13 @@ class SlurmJob:
 
 
 class SlurmLauncher(CommandLauncher):
-    """Jobs as an array of SLURM jobs, through submitit."""
+    """Runs jobs as an array of SLURM jobs, through submitit.
+
+    Args:
+        cluster: "slurm", or "local" for processes on this machine.
+        max_num_timeout: how often a job whose time is up is queued again.
+        parameters: of submitit's executor, such as timeout_min.
+    """
 
     def __init__(self, cluster: str, max_num_timeout: int, parameters: DictConfig) -> None:
         self.cluster = cluster
@@ -261,7 +280,7 @@ class SlurmLauncher(CommandLauncher):
             self._wait(jobs, submitted)
         except KeyboardInterrupt:
             names = " ".join(one.job_id for one in submitted)
-            log.warning("not waiting any more; scancel ends what is in the queue: %s", names)
+            log.warning("no longer waiting; to end the queued jobs: scancel %s", names)
             raise
 
     def _wait(self, jobs: list[Job], submitted: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""hydra/sweeper=optuna: a sweep whose next values are chosen by what the jobs before have scored."""
+"""hydra/sweeper=optuna: a sweep that chooses the next values by the scores of earlier jobs."""
 
 import logging
 import math
@@ -22,7 +22,14 @@ log = logging.getLogger(__name__)
 
 
 class OptunaSweeper(Sweeper):
-    """Optuna's TPE sampler over Hydra's sweep overrides: lists and ranges are categories, intervals are continuous."""
+    """Samples Hydra's sweep overrides with Optuna's TPE: lists and ranges are categories, intervals are continuous.
+
+    Args:
+        n_trials: jobs in all.
+        n_jobs: jobs whose values are chosen at the same time.
+        seed: of the sampler.
+        params: sweep overrides, besides those of the command line.
+    """
 
     def __init__(self, n_trials: int, n_jobs: int, seed: int | None, params: DictConfig | None) -> None:
         self.n_trials = n_trials
@@ -38,7 +45,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Hydra's entry: the command line's overrides -> n_trials jobs, n_jobs at a time."""
+        """Run n_trials jobs, n_jobs at a time; called by Hydra with the overrides of the command line."""
         try:
             import optuna
         except ImportError as error:
@@ -55,7 +62,7 @@ class OptunaSweeper(Sweeper):
             jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in trials]
             self.validate_batch_is_legal(jobs)
             for trial, done in zip(trials, self.launcher.launch(jobs, first), strict=True):
-                score = float(done.return_value)  # NaN: the job has failed
+                score = float(done.return_value)  # NaN: the job failed
                 if math.isnan(score):
                     study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 else:
@@ -64,7 +71,7 @@ class OptunaSweeper(Sweeper):
     def _split(
         self, arguments: Sequence[str], parser: OverridesParser
     ) -> tuple[list[str], "dict[str, BaseDistribution]"]:
-        """The overrides that stay, and what is searched; of two for one key the later counts."""
+        """Return the fixed overrides, and what is searched; of two overrides of a key the later counts."""
         given = [*(f"{key!s}={values}" for key, values in self.params.items()), *arguments]
         overrides = {override.get_key_element(): override for override in parser.parse_overrides(given)}
         searched = {key: _distribution(one) for key, one in overrides.items() if one.is_sweep_override()}

@@ -1,4 +1,14 @@
-"""A task function -> a command: Hydra around it, one line for a user's mistake, exit codes 0 done, 1 failed, 2 bad input, 130 interrupted."""
+"""A task function -> a command that runs it with Hydra.
+
+A user's mistake is one line without a traceback, except with HYDRA_FULL_ERROR=1. Exit codes: 0 done, 1 failed, 2 bad input, 130
+interrupted.
+
+Two things of the process are changed around Hydra, which offers no other way:
+
+- `sys.argv`: Hydra reads the command line itself, so overrides that need quoting, and resume=, are rewritten there.
+- HYDRA_FULL_ERROR: only with it does Hydra raise its errors instead of printing them and exiting. It is set while Hydra composes the
+  configuration, and has the user's own value while the task runs, since processes that the task starts inherit it.
+"""
 
 import contextlib
 import difflib
@@ -65,13 +75,13 @@ WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 def command(
     config_name: str, free_text: tuple[str, ...] = (), prepare: Callable[[list[str]], list[str]] = list
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Decorator: the task becomes a command whose configuration is conf/<config_name>.yaml.
+    """Make a task the command whose configuration is conf/<config_name>.yaml.
 
     Args:
         config_name: the primary config.
+        free_text: the command's own keys whose values are free text or paths, besides `WORDS`: a user quotes them for the shell, but not
+            for Hydra's grammar.
         prepare: changes the command line before Hydra reads it.
-        free_text: the command's own keys whose values are a person's words or paths, beside `WORDS`: they are taken literally, without
-            quoting against Hydra's grammar beyond the shell's.
     """
     words = WORDS | set(free_text)
 
@@ -80,12 +90,10 @@ def command(
         @functools.wraps(task)
         def job(cfg: DictConfig) -> Any:
             try:
-                with _full_errors(
-                    "1" if WANTS_TRACEBACK else None
-                ):  # processes that the task starts are not Hydra's to tell
+                with _full_errors("1" if WANTS_TRACEBACK else None):  # for processes that the task starts
                     return task(cfg)
-            except Exception as error:  # whatever it is, its traceback belongs into the job's log: nothing is swallowed
-                # Said here, where the job's own log file is open.
+            except Exception as error:  # of any kind: nothing is swallowed
+                # Logged here, while the job's own log file is open.
                 if WANTS_TRACEBACK:
                     log.exception("%s", type(error).__name__)
                 elif sweep.folder(HydraConfig.get()) is not None:
@@ -96,19 +104,20 @@ def command(
                 else:
                     log.exception("%s", type(error).__name__)
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    return sweep.failed(error)  # the other jobs go on
+                    return sweep.record_failure(error)  # the other jobs continue
                 sys.exit(2 if isinstance(error, UserError) else 1)
             except (KeyboardInterrupt, SystemExit):
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    sweep.stopped(HydraConfig.get())
+                    sweep.warn_stopped(HydraConfig.get())
                 raise
 
         @functools.wraps(task)
         def main() -> None:
-            logging.raiseExceptions = False  # a log file on a full disk must not hide what is said about it
+            # A log file that cannot be written, on a full disk, must not bury the error line under logging's own tracebacks.
+            logging.raiseExceptions = False
             try:
                 sys.argv[1:] = prepare(literal(sys.argv[1:], words))
-                with _full_errors("1"):  # Hydra hands its own errors on instead of printing them
+                with _full_errors("1"):  # Hydra raises its own errors instead of printing them
                     job()
             except (HydraException, OmegaConfBaseException, UserError) as error:
                 if WANTS_TRACEBACK:
@@ -118,15 +127,15 @@ def command(
             except OSError as error:
                 if WANTS_TRACEBACK:
                     raise
-                # The task's own errors are said by its job: this one is of the folder that Hydra makes before.
+                # The task's own errors are logged by its job: this one is about the folder that Hydra makes before.
                 sys.stderr.write(
-                    f"{error.filename}: cannot be written ({error.strerror}): take another hydra.run.dir\n"
+                    f"{error.filename}: cannot be written ({error.strerror}): choose another hydra.run.dir\n"
                 )
                 sys.exit(2)
             except KeyboardInterrupt:
                 sys.exit(130)
-            if sweep.failures:
-                sys.exit(sweep.exit_code())
+            if sweep.record.failures:
+                sys.exit(sweep.record.exit_code)
 
         return main
 
@@ -135,6 +144,7 @@ def command(
 
 @contextlib.contextmanager
 def _full_errors(value: str | None) -> Iterator[None]:
+    """Set HYDRA_FULL_ERROR inside the block; None: it is not set."""
     before = os.environ.pop("HYDRA_FULL_ERROR", None)
     try:
         if value is not None:
@@ -147,7 +157,7 @@ def _full_errors(value: str | None) -> Iterator[None]:
 
 
 def literal(arguments: Sequence[str], words: Collection[str] = WORDS) -> list[str]:
-    """A command line as Hydra takes it: values of `words` mean their characters, whatever those are to Hydra's grammar.
+    """Return a command line as Hydra reads it: values of `words` mean their characters, whatever those are to Hydra's grammar.
 
     Values that stay as they are: null, one text wholly in one pair of quotes (Hydra removes them), the list [a.jsonl,b.jsonl] for a key of
     several files, and in a sweep (--multirun) what has a comma, which separates the values of different jobs there.
@@ -167,12 +177,12 @@ def _literal(argument: str, words: Collection[str], sweeps: bool) -> str:
 
 
 def quoted(key: str, value: str) -> str:
-    """`key=value` as an override that means these characters and nothing else."""
+    """Return `key=value` as an override whose value is exactly these characters."""
     return f"{key}={_as_text(value)}"
 
 
 def text_of(argument: str) -> str:
-    """The value of `key=value`, without the quotes that Hydra would remove."""
+    """Return the value of `key=value`, without the quotes that Hydra would remove."""
     value = argument.partition("=")[2]
     if not _QUOTED.fullmatch(value):
         return value
@@ -188,14 +198,14 @@ def _as_text(value: str, keep_interpolations: bool = False) -> str:
 
 
 def _located(message: str) -> str:
-    """An error's message, with the file or command line that set the key which it names."""
+    """Return an error's message with the file or command line that set the key it names."""
     config = HydraConfig.get()
     folders = [Path(source.path) for source in config.runtime.config_sources if source.schema == "file"]
     return with_origin(message, config.overrides.task, config.runtime.choices, folders)
 
 
 def _composition_fault(error: Exception) -> str:
-    """Hydra's message on one line, with the nearest right key where the key is wrong."""
+    """Return Hydra's message on one line, with the nearest right key if the key is wrong."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ConfigKeyError | ConfigAttributeError):
         cause = cause.__cause__

@@ -1,4 +1,4 @@
-"""The jobs of a sweep: a failed one does not end the others, none leaves memory behind, and at the end a picture and what failed."""
+"""The jobs of a sweep: one that fails does not end the others, none leaves memory behind, and a summary is logged at the end."""
 
 import ctypes
 import gc
@@ -7,7 +7,7 @@ import math
 import shlex
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,78 +21,101 @@ from intern.errors import UserError, one_line
 from intern.runs.directory import Run, runs_below
 
 log = logging.getLogger(__name__)
-log_file = logging.getLogger("intern.log_file")  # conf/hydra/job_logging/run.yaml: not to the terminal
-
-
-def folder(hydra: HydraConf) -> Path | None:
-    """The folder of the sweep that a run belongs to, None for a single run.
-
-    A job may have a process of its own, where it is a run like any other: what tells is that its folder lies in the sweep's.
-    """
-    sweep = Path(hydra.sweep.dir).absolute()
-    return sweep if Path(hydra.runtime.output_dir).is_relative_to(sweep) else None
+log_file = logging.getLogger(
+    "intern.log_file"
+)  # only to train.log, not to the terminal (conf/hydra/job_logging/run.yaml)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that failed: its number, why, and whether its input was at fault."""
+    """A job that failed.
+
+    Args:
+        job: its number.
+        reason: in one line.
+        bad_input: whether the user's input was at fault.
+    """
 
     job: int
     reason: str
     bad_input: bool
 
-    def __str__(self) -> str:
-        everywhere = set.intersection(*map(set, jobs.values())) if len(jobs) > 1 else set()
-        own = " ".join(override for override in jobs[self.job] if override not in everywhere)
-        return f"job {self.job} ({own}) failed: {self.reason}"
+
+@dataclass
+class SweepRecord:
+    """The jobs of a sweep so far.
+
+    Args:
+        overrides: those of each job, by its number.
+        failures: the jobs that failed.
+    """
+
+    overrides: dict[int, list[str]] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+
+    def describe(self, failure: Failure) -> str:
+        """Return one line with the job's own overrides, without those that all jobs have."""
+        shared = set.intersection(*map(set, self.overrides.values())) if len(self.overrides) > 1 else set()
+        own = " ".join(override for override in self.overrides[failure.job] if override not in shared)
+        return f"job {failure.job} ({own}) failed: {failure.reason}"
+
+    @property
+    def exit_code(self) -> int:
+        """0 if no job failed, 2 if only bad input was the cause, otherwise 1."""
+        if not self.failures:
+            return 0
+        return 2 if all(failure.bad_input for failure in self.failures) else 1
 
 
-# Of the sweep that this process conducts.
-jobs: dict[int, list[str]] = {}  # the overrides of each job so far
-failures: list[Failure] = []
+# The one sweep that this process runs. Hydra's callback, its launcher and the command each see a part of it, and share no object.
+record = SweepRecord()
 
 
-def failed(error: Exception) -> float:
-    """Notes that the job that runs now has failed, lets go of all it held, and gives it a score that is never the best."""
-    failures.append(Failure(HydraConfig.get().job.num, one_line(error), isinstance(error, UserError)))
+def folder(hydra: HydraConf) -> Path | None:
+    """Return the folder of the sweep that a run belongs to, or None for a single run.
+
+    A job may have its own process, in which it is a single run for Hydra: then its folder, inside the sweep's, tells.
+    """
+    sweep = Path(hydra.sweep.dir).absolute()
+    return sweep if Path(hydra.runtime.output_dir).is_relative_to(sweep) else None
+
+
+def record_failure(error: Exception) -> float:
+    """Note that the current job failed and free everything its frames hold; return NaN, a score that is never the best."""
+    record.failures.append(Failure(HydraConfig.get().job.num, one_line(error), isinstance(error, UserError)))
     link: BaseException | None = error
-    while link is not None:  # the frames of a traceback keep the model alive
+    while link is not None:  # frames of a traceback keep the model alive
         traceback.clear_frames(link.__traceback__)
         link = link.__cause__ or link.__context__
     return math.nan
 
 
-def stopped(hydra: HydraConf) -> None:
-    """Says how a sweep that was interrupted goes on."""
+def warn_stopped(hydra: HydraConf) -> None:
+    """Say how a sweep that was interrupted is resumed."""
     log.warning(
-        "sweep stopped at job %d: the same command with %s goes on",
+        "sweep stopped at job %d; to resume: the same command with %s",
         hydra.job.num,
         shlex.quote(f"hydra.sweep.dir={hydra.sweep.dir}"),
     )
 
 
-def exit_code() -> int:
-    """2 where nothing but bad input was the cause, otherwise 1."""
-    return 2 if all(failure.bad_input for failure in failures) else 1
-
-
 def release_memory() -> None:
-    """Gives memory that nothing uses any more back to the system and to the GPU's driver."""
+    """Return unused memory to the operating system and the GPU's driver."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
-        trim(0)  # glibc keeps what was freed between blocks that are in use
+        trim(0)  # glibc keeps freed memory between blocks that are in use
 
 
 class Sweep(Callback):
-    """hydra.callbacks: after each job its memory goes; after the last one come the picture, the best job and the failures."""
+    """hydra.callbacks: releases memory after each job; after the last one draws the picture and logs the best job and the failures."""
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
-            jobs[config.hydra.job.num] = list(config.hydra.overrides.task)
+            record.overrides[config.hydra.job.num] = list(config.hydra.overrides.task)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
@@ -109,11 +132,11 @@ class Sweep(Callback):
             log.info(
                 "%d finished runs in %s; the best: %s, score %.4f", len(runs), folder, best.path.name, best.score()
             )
-        for failure in failures:
-            log.error("%s", failure)
+        for failure in record.failures:
+            log.error("%s", record.describe(failure))
 
 
 def _point(run: Run) -> tuple[float, int, float]:
-    """Learning rate, rank and score of a finished run."""
+    """Return learning rate, rank and score of a finished run."""
     cfg = run.read_config()
     return cfg.trainer.learning_rate, cfg.lora.r, run.score()

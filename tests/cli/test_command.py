@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, command
@@ -48,6 +49,15 @@ def test_a_mistake_in_an_override_is_one_line(override, line):
     assert done.returncode == 2 and line in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, on Linux")
+def test_a_log_file_on_a_full_disk_does_not_bury_the_error(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.log").symlink_to("/dev/full")  # every write ends with: no space left
+    done = command("intern.train", "experiment=tiny_cpu", "lora.r=0", f"hydra.run.dir={tmp_path}/run", check=False)
+    assert done.returncode == 2 and "lora.r=0: must be at least 1" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
 
 
 def test_hydras_full_error_shows_the_traceback():

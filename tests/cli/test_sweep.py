@@ -1,4 +1,4 @@
-"""Sweeps of the tiny base: failures, memory, continuing, launchers."""
+"""Sweeps of the tiny base: failures, memory, resuming, launchers."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import time
 import weakref
 
 import pytest
-from helpers import ROOT, SHORT, command, inspect, wandb_file
+from helpers import ROOT, SHORT, command, composed, inspect, wandb_file
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -33,8 +33,8 @@ FAST = (
     "logger.sample_answers=0",
     "logger.log_adapter=false",
 )
-RATES = "trainer.learning_rate=1e-3,1e30,2e-3,3e-3"  # the second one is found out at the second step
-REASON = "weights of the adapter are no numbers any more at step 1: lower trainer.learning_rate"
+RATES = "trainer.learning_rate=1e-3,1e30,2e-3,3e-3"  # the second one fails in the second step
+REASON = "adapter weights are NaN or infinite at step 1: lower trainer.learning_rate"
 
 
 def again(folder, *overrides, **options):
@@ -52,7 +52,7 @@ def again(folder, *overrides, **options):
 
 
 def is_grouped(job):
-    """Whether the tracked run's group is the sweep: in the file a text stands behind its length, so the run's name is another text."""
+    """Whether the tracked run's group is the sweep: the file has the length before each text, so the run's name does not match."""
     group = job.parent.name.encode()
     return bytes([len(group)]) + group in wandb_file(job).read_bytes()
 
@@ -98,7 +98,7 @@ def test_no_job_leaves_memory_behind_not_even_a_failed_one(sweep):
     folder, _ = sweep
     seen = [json.loads(line) for line in (folder.parent / "memory.jsonl").read_text().splitlines()]
     assert [one["modules"] for one in seen] == [seen[0]["modules"]] * 4
-    assert seen[0]["modules"] < 50  # a model has more; what the libraries keep for themselves is no model
+    assert seen[0]["modules"] < 50  # a model has more; this is what the libraries keep
     assert max(one["rss_mib"] for one in seen) < seen[0]["rss_mib"] + 50
 
 
@@ -119,7 +119,7 @@ def test_a_sweep_ends_with_a_picture(sweep, tmp_path):
     assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 3
 
 
-def test_a_stopped_sweep_goes_on_where_it_was(sweep, tmp_path):
+def test_a_stopped_sweep_resumes_where_it_was(sweep, tmp_path):
     folder, _ = sweep
     copy = tmp_path / "ranks"
     shutil.copytree(folder, copy)
@@ -134,25 +134,24 @@ def test_a_stopped_sweep_goes_on_where_it_was(sweep, tmp_path):
         score = Run(copy / job).score()
         assert done.stderr.count(f"{copy / job} is finished, score {score:.4f}: not run again") == 1
         assert (copy / job / "metrics.json").read_bytes() == before[job]
-    assert done.stderr.count("going on from") == 1
-    assert f"going on from {copy}/3/checkpoints/checkpoint-2" in done.stderr
+    assert done.stderr.count("resuming from") == 1
+    assert f"resuming from {copy}/3/checkpoints/checkpoint-2" in done.stderr
     assert [entry["step"] for entry in Run(copy / "3").read_history()] == [1, 2, 3, 4]
     assert Run(copy / "3").score() == pytest.approx(Run(folder / "3").score(), rel=1e-4)
     assert (
         f"job 1 (trainer.learning_rate=1e+30) failed: {REASON}" in done.stderr
-    )  # anew: its checkpoint of step 1 is gone
+    )  # from the beginning: its checkpoint of step 1 is gone
     assert json.loads((copy / "1" / "environment.json").read_text())["run_id"] != failed_id
 
 
-def test_a_finished_job_is_taken_for_one_only_where_its_configuration_is_the_same(sweep):
+def test_a_finished_job_is_skipped_only_if_its_configuration_is_the_same(sweep):
     from intern.training.finetune import finetune  # heavy, and the other tests have processes for it
 
     run = Run(sweep[0] / "0")
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        given = ["experiment=[tiny_cpu,rank_sweep]", *FAST, "trainer.learning_rate=1e-3"]
-        same, other = (compose("train", overrides=[*given, f"lora.r={rank}"]) for rank in (4, 8))
+    given = ["experiment=[tiny_cpu,rank_sweep]", *FAST, "trainer.learning_rate=1e-3"]
+    same, other = (composed(*given, f"lora.r={rank}") for rank in (4, 8))
     assert finetune(same, run, "ranks") == run.score()
-    with pytest.raises(UserError, match="lora.r is not what .* was begun with"):
+    with pytest.raises(UserError, match="lora.r differs from what .* was started with"):
         finetune(other, run, "ranks")
     with pytest.raises(UserError, match="holds a finished run"):
         finetune(same, run)
@@ -183,7 +182,7 @@ def test_ctrl_c_reaches_a_job_in_its_own_process_and_ends_the_sweep(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert f"sweep stopped: the same command with hydra.sweep.dir={tmp_path} goes on" in stderr
+    assert f"sweep stopped; to resume: the same command with hydra.sweep.dir={tmp_path}" in stderr
     assert Run(tmp_path / "0").last_checkpoint() is not None and not (tmp_path / "1" / "config.yaml").exists()
 
 
@@ -207,7 +206,7 @@ def test_a_launcher_that_cannot_work_here_says_so_in_one_line(tmp_path, launcher
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_rank_sweep_goes_on_top_of_any_other_experiment():
+def test_the_rank_sweep_combines_with_any_other_experiment():
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         for order in ("tiny_cpu,rank_sweep", "rank_sweep,tiny_cpu"):
             cfg = compose("train", overrides=[f"experiment=[{order}]"], return_hydra_config=True)
@@ -229,7 +228,7 @@ task()
 """
 
 
-def test_a_search_goes_by_the_scores_and_past_failures_and_by_its_seed(tmp_path):
+def test_a_search_follows_scores_and_seed_and_survives_failures(tmp_path):
     (tmp_path / "task.py").write_text(SEARCHED)
     space = ["lora.r=4,8,16", "trainer.learning_rate=tag(log,interval(1e-5,1e-1))"]
     search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=16", "hydra.sweeper.n_jobs=2", "hydra.output_subdir=null"]
@@ -251,7 +250,7 @@ def test_a_search_for_nothing_says_so_in_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_failed_job_lets_go_of_what_its_frames_held(monkeypatch):
+def test_a_failed_job_frees_what_its_frames_held(monkeypatch):
     class Model:
         pass
 
@@ -265,12 +264,12 @@ def test_a_failed_job_lets_go_of_what_its_frames_held(monkeypatch):
         except ValueError as error:
             raise RuntimeError("second") from error
 
-    monkeypatch.setattr(jobs, "failures", [])
+    monkeypatch.setattr(jobs, "record", jobs.SweepRecord())
     monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": {"job": {"num": 0}}}))
     try:
         train()
     except RuntimeError as error:
-        kept = error  # whoever keeps the error keeps the model, too
+        kept = error  # the error keeps the model alive
     assert held[0]() is not None
-    score = jobs.failed(kept)
+    score = jobs.record_failure(kept)
     assert score != score and held[0]() is None
