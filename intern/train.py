@@ -13,12 +13,12 @@ from intern.runs.directory import Run, stopped
 
 
 def _in_place(arguments: list[str]) -> list[str]:
-    """resume=RUN_DIR: Hydra's output directory becomes the run itself, and what Hydra wrote there at its start stays."""
+    """Make the run of resume=RUN_DIR Hydra's output directory; what Hydra wrote there when the run started stays."""
     asked = [text_of(text) for text in arguments if text.startswith("resume=")]
     if not asked or asked[-1] == "null":
         return arguments
     if {"-m", "--multirun"} & set(arguments):
-        raise UserError(f"resume={asked[-1]}: goes on with one run; leave out --multirun")
+        raise UserError(f"resume={asked[-1]}: resumes one run; leave out --multirun")
     run = stopped(asked[-1])
     kept = [text for text in arguments if not text.startswith("resume=")]
     return [*kept, quoted("resume", str(run.path)), quoted("hydra.run.dir", str(run.path)), "hydra.output_subdir=null"]
@@ -26,7 +26,7 @@ def _in_place(arguments: list[str]) -> list[str]:
 
 @command("train", prepare=_in_place)
 def main(cfg: DictConfig) -> float:
-    """Fine-tunes a model on question/answer rows with QLoRA."""
+    """Fine-tune a model on question/answer rows with QLoRA."""
     hydra = HydraConfig.get()
     run, folder = Run(Path(hydra.runtime.output_dir)), sweep.folder(hydra)
     if folder is not None:
@@ -34,10 +34,10 @@ def main(cfg: DictConfig) -> float:
     with run.noting_failure():
         with importing(cfg):
             from intern.training.finetune import finetune  # heavy: keeps --help fast
-            from intern.training.resume import own_config
+            from intern.training.resume import resumed_config
 
         if cfg.resume is not None:
-            cfg = own_config(run, cfg, hydra.overrides.task)
+            cfg = resumed_config(run, cfg, hydra.overrides.task)
         return finetune(cfg, run, folder.name if folder is not None else None)
 
 

@@ -113,6 +113,8 @@ def compare(one: Run, other: Run, step: int) -> Iterator[Part]:
     import torch
     from safetensors.torch import load_file
 
+    from intern.training.checkpoint_state import find_state
+
     yield _part("adapter", *(load_file(run.adapter / "adapter_model.safetensors") for run in (one, other)))
     names = {"optimizer.pt": "optimizer", "scheduler.pt": "learning rate schedule", "scaler.pt": "loss scale"}
     for file, name in (names | {"rng_state.pth": "random states"}).items():
@@ -124,7 +126,9 @@ def compare(one: Run, other: Run, step: int) -> Iterator[Part]:
                 yield _part(name, *(torch.load(path, map_location="cpu", weights_only=True) for path in folders))
     states = [run.read_json(run.checkpoints / f"checkpoint-{step}" / "trainer_state.json") for run in (one, other)]
     for state in states:  # how long it took, and paths
-        state["stateful_callbacks"]["OptimizerSteps"]["attributes"].pop("seconds")
+        steps = find_state(state["stateful_callbacks"], "optimizer_steps")
+        if steps is not None:
+            steps["attributes"].pop("seconds")
         state.pop("best_model_checkpoint")
         state["log_history"] = [_timeless(entry) for entry in state["log_history"]]
     yield _part("position in the data, counts", *states)

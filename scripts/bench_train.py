@@ -147,8 +147,7 @@ def train(setting: str, args: argparse.Namespace, started: float) -> dict[str, A
         from intern.runs.directory import Run
 
         (folder := Path(common["output_dir"])).mkdir(exist_ok=True)
-        trainer.add_callback(memory := FitMemory(Run(folder), checkpointing, "eager" not in flags))
-        memory.trainer = trainer
+        trainer.add_callback(memory := FitMemory(trainer, Run(folder), checkpointing, "eager" not in flags))
     clock = Clock()
     trainer.add_callback(clock)
     seen = []
@@ -199,8 +198,9 @@ def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: A
     from intern.model.base import Base
     from intern.model.precision import Precision
     from intern.model.quant import build_quant
+    from intern.training.arguments import StepRules
     from intern.training.rules import Shape, batches_need_no_padding
-    from intern.training.trainer import InternTrainer, StepRules
+    from intern.training.trainer import InternTrainer
 
     node = {"pretrained_model_name_or_path": str(args.checkpoint), "attn_implementation": "isolated"}
     base = Base(OmegaConf.create(node | {"quantized_cache": args.cache, "quantized_cache_gib": 24}))
@@ -212,7 +212,7 @@ def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: A
     config = SFTConfig(
         **common,
         activation_checkpointing=checkpointing,
-        logging_nan_inf_filter=False,  # as intern/training/trainer.py has it
+        logging_nan_inf_filter=False,  # as in intern/training/arguments.py
         include_num_input_tokens_seen="non_padding",
         dataset_kwargs={"skip_prepare_dataset": not common["packing"]},
     )

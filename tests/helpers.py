@@ -145,7 +145,10 @@ def passed(model, x):
 
 
 def tiny_trainer(path, quantized=True, dropout=0.0, targets=("q_proj", "v_proj"), callbacks=(), **more):
-    """Our trainer of the tiny base on six rows of 30 tokens, loss on the last ten; three optimizer steps, nothing saved."""
+    """Our trainer of the tiny base on six rows of 30 tokens, loss on the last ten; three optimizer steps, nothing saved.
+
+    `callbacks` are functions that make a callback for the trainer; `callback_of` finds it afterwards.
+    """
     from datasets import Dataset
     from omegaconf import OmegaConf
     from transformers import BitsAndBytesConfig
@@ -153,7 +156,8 @@ def tiny_trainer(path, quantized=True, dropout=0.0, targets=("q_proj", "v_proj")
 
     from intern.model.base import Base
     from intern.model.precision import Precision
-    from intern.training.trainer import InternTrainer, StepRules
+    from intern.training.arguments import StepRules
+    from intern.training.trainer import InternTrainer
 
     node = {"pretrained_model_name_or_path": "data/tiny_llama3", "attn_implementation": "isolated"}
     base = Base(OmegaConf.create(node))
@@ -181,11 +185,15 @@ def tiny_trainer(path, quantized=True, dropout=0.0, targets=("q_proj", "v_proj")
         train_dataset=Dataset.from_dict({"input_ids": ids, "labels": labels}),
         processing_class=base.tokenizer(),
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=list(targets), lora_dropout=dropout),
-        callbacks=list(callbacks),
     )
-    for callback in callbacks:
-        callback.trainer = trainer
+    for build in callbacks:
+        trainer.add_callback(build(trainer))
     return trainer
+
+
+def callback_of(trainer, kind):
+    """The trainer's callback of a class."""
+    return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind))
 
 
 def adapters(trainer):

@@ -107,7 +107,7 @@ class Facts:
 
         from intern.model.precision import Precision
         from intern.runs.directory import Run
-        from intern.training.trainer import build_training_args
+        from intern.training.arguments import build_training_args
 
         try:
             precision = self.precision

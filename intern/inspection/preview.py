@@ -41,8 +41,8 @@ from intern.inspection.token_view import Preview, Segment, ShownBatch, ShownRow,
 from intern.model.base import Base
 from intern.model.precision import Precision
 from intern.runs.directory import Run
+from intern.training.arguments import build_training_args
 from intern.training.rules import Shape, batches_need_no_padding, check_values
-from intern.training.trainer import build_training_args
 from intern.upstream import route_messages
 
 _PERCENTS = (50, 90, 99, 100)

@@ -32,16 +32,18 @@ class FitMemory(TrainerCallback):
     """Makes a memory plan at the beginning of training, or repeats that of a run that resumes.
 
     Args:
+        trainer: the InternTrainer that it is a callback of.
         run: where memory.json is stored.
         every_layer: checkpoint every layer, with its input in host memory, and measure nothing.
         cuda_graphs: whether decoder layers may be replayed as CUDA graphs; they are if measuring shows that it pays.
     """
 
-    def __init__(self, run: Run, every_layer: bool = False, cuda_graphs: bool = True) -> None:
+    def __init__(self, trainer: Any, run: Run, every_layer: bool = False, cuda_graphs: bool = True) -> None:
         self.run = run
         self.every_layer = every_layer
         self.cuda_graphs = cuda_graphs
-        self.trainer: Any = None  # set after the trainer is built, which needs its callbacks
+        self.trainer = trainer
+        self.can_step_back = False  # while measuring, running out of memory is a finding
         self._batches: RunBatches | None = None
         self._applier: PlanApplier | None = None
         self._can_offload = True
@@ -65,7 +67,6 @@ class FitMemory(TrainerCallback):
         form: Any = args.activation_checkpointing_kwargs or {}
         if not any(form.values()) and self._can_offload:  # the user requested no other form
             applier.use_own_checkpointing()
-        self.trainer.before_batch = applier.select_checkpointed_layers
         stored = read_plan(self.run, len(applier.layers)) if state.global_step else None
         if stored is not None:
             log.info("%s, as before", applier.apply(stored))
@@ -76,7 +77,7 @@ class FitMemory(TrainerCallback):
             write_plan(self.run, plan)
             if self.every_layer:
                 log.info("%s", plan)
-        self.trainer.step_back = self.step_back
+        self.can_step_back = True
 
     def _measured(self, chooser: PlanChooser) -> MemoryPlan:
         plan, seconds = chooser.measure()
@@ -95,6 +96,11 @@ class FitMemory(TrainerCallback):
         assert self._applier is not None
         self._applier.undo()
         torch.cuda.empty_cache()  # scoring and sample answers need other blocks of memory
+
+    def before_batch(self, tokens: int) -> None:
+        """Select the layers that are checkpointed in a batch of `tokens` tokens, padding included."""
+        assert self._applier is not None
+        self._applier.select_checkpointed_layers(tokens)
 
     def step_back(self) -> None:
         """Make the plan safer after GPU memory ran out; the trainer then repeats the step.

@@ -1,6 +1,8 @@
 """A composed configuration -> everything that a training run needs, checked before weights load."""
 
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +25,9 @@ from intern.model.lora import build_lora, limit_to_text
 from intern.model.precision import Precision, plan_training
 from intern.model.quant import build_quant
 from intern.runs.directory import Run
+from intern.training.arguments import AUTO, StepRules, build_rules, build_training_args
 from intern.training.rules import Shape, batches_need_no_padding, check_shape, check_values
 from intern.training.trackers import check_logger
-from intern.training.trainer import AUTO, StepRules, build_rules, build_training_args
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,9 @@ class TrainingPlan:
 
     rules: StepRules
     args: SFTConfig
-    memory: FitMemory | None  # on a GPU, unless trainer.activation_checkpointing=false
+    build_memory: (
+        Callable[[Any], FitMemory] | None
+    )  # for a trainer on a GPU, unless trainer.activation_checkpointing=false
     lora: LoraConfig
     quant: BitsAndBytesConfig | None
     precision: Precision
@@ -99,13 +103,14 @@ def build_plan(cfg: DictConfig, run: Run) -> TrainingPlan:
         tokenizer, data.data.system_prompt or "", data.data.context, data.data.template_kwargs
     )
     prepared = prepare(data, tokenizer, prompt, int(trainer["max_length"]))
-    memory = None
+    build_memory = None
     if args.activation_checkpointing and precision.device == "cuda":
-        memory = FitMemory(run, every_layer=trainer["activation_checkpointing"] != AUTO, cuda_graphs=rules.cuda_graphs)
+        every_layer = trainer["activation_checkpointing"] != AUTO
+        build_memory = functools.partial(FitMemory, run=run, every_layer=every_layer, cuda_graphs=rules.cuda_graphs)
     return TrainingPlan(
         rules=rules,
         args=args,
-        memory=memory,
+        build_memory=build_memory,
         lora=lora,
         quant=quant,
         precision=precision,

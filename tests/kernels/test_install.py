@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from helpers import tiny_trainer
+from helpers import callback_of, tiny_trainer
 from transformers import TrainerCallback
 
 from intern.kernels import install, isolated_attention
@@ -30,7 +30,8 @@ def replaced(model):
 class Look(TrainerCallback):
     """What is installed after the first step; after the second one training may fail."""
 
-    def __init__(self, fails=False):
+    def __init__(self, trainer, fails=False):
+        self.trainer = trainer
         self.fails = fails
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -48,9 +49,10 @@ def test_nothing_is_left_of_kernels_and_memory_plan_when_training_ends_or_fails(
         "tiled": MemoryPlan(4, 4, 0, 0, offloaded=True, tiled=True, cudnn=True),
         "unpacked": MemoryPlan(4, 0, 0, 0, unpacked=10**9, cudnn=True),
     }
-    fit, look = FitMemory(Run(tmp_path)), Look(fails)
-    monkeypatch.setattr(fit, "_measured", lambda chooser: plans[form])
-    trainer = tiny_trainer(tmp_path, callbacks=[fit, look])
+    monkeypatch.setattr(FitMemory, "_measured", lambda fit, chooser: plans[form])
+    callbacks = [lambda trainer: FitMemory(trainer, Run(tmp_path)), lambda trainer: Look(trainer, fails)]
+    trainer = tiny_trainer(tmp_path, callbacks=callbacks)
+    fit, look = callback_of(trainer, FitMemory), callback_of(trainer, Look)
     trainer.model.activation_checkpointing_enable()  # as the library does when training begins
     before = replaced(trainer.model)
     weights = []

@@ -92,9 +92,8 @@ def test_cuda_graphs_are_used_if_they_pay_fit_and_agree(gpu, steps, replayed, tm
         num_hidden_layers=4, hidden_size=8, num_attention_heads=2, vocab_size=10, attention_dropout=gpu.pop("dropout")
     )
     model = LlamaModel(config)
-    fit = FitMemory(Run(tmp_path))
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in (5, 9, 7)]})
-    fit.trainer = trainer(model, arguments(gradient_accumulation_steps=2), rows)
+    fit = FitMemory(trainer(model, arguments(gradient_accumulation_steps=2), rows), Run(tmp_path))
     made = []
 
     class Graphs:
@@ -113,7 +112,7 @@ def test_cuda_graphs_are_used_if_they_pay_fit_and_agree(gpu, steps, replayed, tm
     assert read_plan(fit.run, layers=4) == fit.plan
     assert ("CUDA graphs" in str(fit.plan)) == bool(replayed)
     if replayed:
-        fit.trainer.step_back()  # memory runs out: the graphs are given up first
+        fit.step_back()  # memory runs out: the graphs are given up first
         assert not fit.plan.replayed and made[-1] == "removed"
 
 
@@ -128,9 +127,8 @@ def test_layers_recompute_in_our_own_form_and_frozen_embeddings_need_no_gradient
         model.enable_input_require_grads()
     seen = []
     model.layers[0].register_forward_pre_hook(lambda layer, given: seen.append(given[0].requires_grad))
-    fit = FitMemory(Run(tmp_path))
+    fit = FitMemory(trainer(model, arguments({"use_reentrant": True} if case == "reentrant" else {})), Run(tmp_path))
     fit.run.write_json(fit.run.memory, {"layers": 2, "checkpointed": 1, "peak": 5, "budget": 6})
-    fit.trainer = trainer(model, arguments({"use_reentrant": True} if case == "reentrant" else {}))
     ids = torch.arange(6)[None]
     model(input_ids=ids)
     begin(fit, global_step=5)
@@ -148,13 +146,16 @@ def test_layers_with_a_loss_of_their_routers_keep_the_librarys_form_of_checkpoin
     model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10))
     model.gradient_checkpointing_enable()
     theirs = model.layers[0]._gradient_checkpointing_func
-    fit = FitMemory(Run(tmp_path), every_layer=True)
-    fit.trainer = trainer(model, arguments(), Dataset.from_dict({"input_ids": [[1] * 5]}), aux_loss_enabled=True)
+    fit = FitMemory(
+        trainer(model, arguments(), Dataset.from_dict({"input_ids": [[1] * 5]}), aux_loss_enabled=True),
+        Run(tmp_path),
+        every_layer=True,
+    )
     begin(fit)
     assert not fit.plan.offloaded and fit.plan.checkpointed == 2
     assert model.layers[0]._gradient_checkpointing_func is theirs
     with pytest.raises(RunError):
-        fit.trainer.step_back()
+        fit.step_back()
 
 
 @pytest.mark.parametrize(
@@ -176,8 +177,7 @@ def test_results_of_attention_are_stored_if_the_host_has_room(free, is_long, has
     rows = Dataset.from_dict(
         {"input_ids": [[1] * 5, [1] * 3500], "seq_lengths": [[5], [3500] if is_long else [1000, 2500]]}
     )
-    fit = FitMemory(Run(tmp_path), every_layer=True)
-    fit.trainer = trainer(model, arguments(), rows)
+    fit = FitMemory(trainer(model, arguments(), rows), Run(tmp_path), every_layer=True)
     monkeypatch.setattr(intern.memory.measure, "available_memory", lambda: free)
     monkeypatch.setattr(cudnn_graphs, "has_cudnn_frontend", lambda: has_frontend)
     monkeypatch.setattr(isolated_attention, "_uses_cudnn", False)  # restored afterwards
@@ -207,9 +207,8 @@ def test_the_plan_is_for_the_largest_coming_batch(padding_free, tmp_path):
     lengths = [2, 9, 3, 8, 5, 6, 7, 4]
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
     model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10))
-    fit = FitMemory(Run(tmp_path), every_layer=True)
     args = arguments(per_device_train_batch_size=2)
-    fit.trainer = trainer(model, args, rows, padding_free=padding_free)
+    fit = FitMemory(trainer(model, args, rows, padding_free=padding_free), Run(tmp_path), every_layer=True)
     loader = DataLoader(rows, batch_sampler=BatchSampler(SeedableRandomSampler(rows, data_seed=3), 2, False))
     begin(fit, loader, max_steps=1)
     sizes = [[lengths[index] for index in batch] for batch in loader.batch_sampler]
@@ -223,11 +222,11 @@ def test_a_layer_with_dropout_draws_the_same_again_when_it_recomputes(form, tmp_
     monkeypatch.setattr(intern.memory.apply, "_TILE_TOKENS", 8)
 
     def trained(checkpointed):
-        fit = FitMemory(Run(tmp_path))
-        monkeypatch.setattr(fit, "_measured", lambda chooser: MemoryPlan(4, checkpointed, 0, 0, **form))
+        monkeypatch.setattr(FitMemory, "_measured", lambda fit, chooser: MemoryPlan(4, checkpointed, 0, 0, **form))
         targets = ("q_proj", "v_proj", "gate_proj", "down_proj")
         # SGD: what a wrong gradient changes shows at its full size.
-        model = tiny_trainer(tmp_path, True, 0.5, targets, [fit], optim="sgd", learning_rate=1.0)
+        callbacks = [lambda trainer: FitMemory(trainer, Run(tmp_path))]
+        model = tiny_trainer(tmp_path, True, 0.5, targets, callbacks, optim="sgd", learning_rate=1.0)
         passes = []
         decoder_layers(model.model)[0].mlp.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
         model.train()
@@ -243,8 +242,9 @@ def test_a_layer_with_dropout_draws_the_same_again_when_it_recomputes(form, tmp_
 
 def test_cudnns_attention_ends_with_training(tmp_path, monkeypatch):
     model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10))
-    fit = FitMemory(Run(tmp_path), every_layer=True)
-    fit.trainer = trainer(model, arguments(), Dataset.from_dict({"input_ids": [[1] * 5]}))
+    fit = FitMemory(
+        trainer(model, arguments(), Dataset.from_dict({"input_ids": [[1] * 5]})), Run(tmp_path), every_layer=True
+    )
     monkeypatch.setattr(cudnn_graphs, "has_cudnn_frontend", lambda: True)
     monkeypatch.setattr(isolated_attention, "_uses_cudnn", False)  # restored afterwards
     begin(fit, max_steps=10**10)
@@ -264,8 +264,9 @@ def test_a_plan_that_was_not_measured_is_repeated_too(tmp_path, monkeypatch):
 
     def plan(**state):
         model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10))
-        fit = FitMemory(Run(tmp_path), every_layer=True)
-        fit.trainer = trainer(model, arguments(), Dataset.from_dict({"input_ids": [[1] * 5]}))
+        fit = FitMemory(
+            trainer(model, arguments(), Dataset.from_dict({"input_ids": [[1] * 5]})), Run(tmp_path), every_layer=True
+        )
         begin(fit, **state)
         return fit.plan
 
@@ -275,9 +276,10 @@ def test_a_plan_that_was_not_measured_is_repeated_too(tmp_path, monkeypatch):
 
 def test_a_run_whose_memory_plan_cannot_be_used_resumes_with_a_new_one(tmp_path, caplog):
     model = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=10))
-    fit = FitMemory(Run(tmp_path), every_layer=True)
+    fit = FitMemory(
+        trainer(model, arguments(), Dataset.from_dict({"input_ids": [[1] * 5]})), Run(tmp_path), every_layer=True
+    )
     fit.run.write_json(fit.run.memory, {"layers": 2, "checkpointed": 1, "peak": 5, "budget": 6, "of_tomorrow": True})
-    fit.trainer = trainer(model, arguments(), Dataset.from_dict({"input_ids": [[1] * 5]}))
     begin(fit, global_step=5, max_steps=6)
     assert fit.plan.checkpointed == 2 and read_plan(fit.run, layers=2) == fit.plan
     assert "of_tomorrow" in caplog.text

@@ -113,7 +113,7 @@ SCORED = (
 )
 
 
-def test_the_best_checkpoint_is_the_adapter_where_that_is_asked_for(tmp_path):
+def test_the_best_checkpoint_becomes_the_adapter_if_requested(tmp_path):
     # Turned around, so that the first evaluation is the best one: the golden loss falls from there.
     run = train(tmp_path / "run", *SCORED, "+trainer.greater_is_better=true", "trainer.save_total_limit=1")
     metrics = run.read_json(run.metrics)
@@ -123,7 +123,7 @@ def test_the_best_checkpoint_is_the_adapter_where_that_is_asked_for(tmp_path):
     assert math.isclose(metrics["eval_loss"], losses[2], rel_tol=0.02)
 
 
-def test_training_stops_early_but_not_before_the_least_number_of_steps(tmp_path):
+def test_training_stops_early_but_not_before_min_steps(tmp_path):
     # A rate of zero: no evaluation is ever better than the first.
     run = train(
         tmp_path / "run", *SCORED, "trainer.learning_rate=0", "trainer.early_stopping_patience=1", "trainer.min_steps=6"
@@ -163,7 +163,7 @@ def test_early_stopping_keeps_its_count_over_a_resume(tmp_path, few_golden_rows)
         assert (steps.count(8), max(steps)) == (3, 8), killed  # loss, evaluation, early stop
 
 
-def test_the_best_checkpoint_may_be_that_of_the_best_answers(tmp_path, few_golden_rows):
+def test_the_best_checkpoint_can_be_chosen_by_the_answers(tmp_path, few_golden_rows):
     plain = [*SCORED, few_golden_rows, "trainer.learning_rate=1e-2", "trainer.eval_steps=4", "trainer.save_steps=4"]
     run = train(tmp_path / "run", *plain, "trainer.metric_for_best_model=eval_f1", "trainer.eval_answers=3")
     metrics = run.read_json(run.metrics)
@@ -255,7 +255,7 @@ def test_a_large_model_on_a_cpu_is_refused(tmp_path):
     assert done.returncode == 2 and "needs a CUDA GPU; experiment=tiny_cpu runs here" in done.stderr
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
+def test_an_interrupted_run_resumes_where_it_stopped(tmp_path):
     target = tmp_path / "run"
     overrides = [*SHORT, "logger=none", "trainer.max_steps=40", "trainer.logging_steps=1", f"hydra.run.dir={target}"]
     process = subprocess.Popen(
@@ -267,22 +267,24 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
-    stopped = int(re.search(r"interrupted after step (\d+): python -m intern.train resume=", stderr).group(1))
+    stopped = int(
+        re.search(r"interrupted after step (\d+); to resume: python -m intern.train resume=", stderr).group(1)
+    )
     assert 3 <= stopped < 40 and not (target / "metrics.json").exists()
     done = command("intern.train", *overrides)
-    assert f"going on from {target}/checkpoints/checkpoint-{stopped}" in done.stderr
+    assert f"resuming from {target}/checkpoints/checkpoint-{stopped}" in done.stderr
     run = Run(target)
     assert run.read_json(run.metrics)["optimizer_steps"] == 40
     assert [entry["step"] for entry in run.read_history()] == list(range(1, 41))
 
 
-def test_a_run_directory_goes_on_only_with_the_same_configuration_and_data(tmp_path, rows_file):
+def test_a_run_resumes_only_with_the_same_configuration_and_data(tmp_path, rows_file):
     data = rows_file(*({"question": f"How much {number}?", "answer": "18%."} for number in range(8)))
     same = [f"data.train_file={data}", "data.eval_file=null"]
     run = train(tmp_path / "run", *same)
     run.metrics.unlink()
     before = run.config.read_bytes()
-    with pytest.raises(UserError, match="lora.r is not what .* was begun with"):
+    with pytest.raises(UserError, match="lora.r differs from what .* was started with"):
         train(run.path, *same, "lora.r=4")
     data.write_text(data.read_text() + '{"question": "One more?", "answer": "Yes."}\n')
     with pytest.raises(UserError, match="rows.jsonl has changed since"):
@@ -290,7 +292,7 @@ def test_a_run_directory_goes_on_only_with_the_same_configuration_and_data(tmp_p
     assert run.config.read_bytes() == before
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+def test_a_nan_or_infinite_loss_ends_the_run(tmp_path):
     from intern.errors import RunError
 
     with pytest.raises(RunError, match="the loss is (nan|inf) at step"):
@@ -298,7 +300,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-def test_a_run_that_was_killed_after_its_last_step_is_finished_without_another_one(tmp_path):
+def test_a_run_that_was_killed_after_its_last_step_is_finished_without_another_step(tmp_path):
     first = train(tmp_path / "run")
     before = weights(first)
     first.metrics.unlink()

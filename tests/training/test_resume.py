@@ -1,25 +1,21 @@
-"""A run that stops and goes on ends bit for bit like one that never stopped."""
+"""A run that stops and resumes ends bit for bit like one that never stopped."""
 
 import shutil
 import types
 
 import pytest
-from helpers import ROOT, SHORT, command
-from hydra import compose, initialize_config_dir
+from helpers import ROOT, command, composed, train
 from omegaconf import OmegaConf
 
 from intern.errors import UserError
-from intern.paths import CONF_DIR
 from intern.runs.directory import Run, stopped
 from intern.training.finetune import finetune
-from intern.training.resume import MAY_CHANGE, own_config
+from intern.training.resume import MAY_CHANGE, resumed_config
 from intern.verify import compare, stop_after
 
 # A checkpoint after 5 steps, a log line every 2: the stop falls between two lines. Gradients are summed over 2 batches.
 STEPS, HALF = 9, 5
 BRIEF = (
-    *SHORT,
-    "logger=none",
     "data.eval_file=null",
     f"trainer.max_steps={STEPS}",
     "trainer.min_steps=0",
@@ -29,15 +25,8 @@ BRIEF = (
 )
 
 
-def composed(*overrides):
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose("train", overrides=list(overrides))
-
-
-def train(path, *overrides):
-    path.mkdir(parents=True, exist_ok=True)
-    finetune(composed(*BRIEF, *overrides), Run(path))
-    return Run(path)
+def train_briefly(path, *overrides):
+    return train(path, *BRIEF, *overrides)
 
 
 @pytest.mark.parametrize(
@@ -50,9 +39,9 @@ def train(path, *overrides):
     ids=["unpacked", "packed", "mixed"],
 )
 def test_a_stop_changes_nothing(tmp_path, overrides):
-    straight = train(tmp_path / "straight", *overrides)
+    straight = train_briefly(tmp_path / "straight", *overrides)
     stop_after(straight, HALF, Run(tmp_path / "resumed"))
-    resumed = train(tmp_path / "resumed", *overrides)
+    resumed = train_briefly(tmp_path / "resumed", *overrides)
     parts = {part.name: part for part in compare(straight, resumed, STEPS)}
     assert {name: part.differ for name, part in parts.items()} == dict.fromkeys(parts, 0)
     assert parts["adapter"].values > 50_000 and parts["optimizer"].values > 100_000
@@ -64,7 +53,7 @@ def test_a_stop_changes_nothing(tmp_path, overrides):
 def half(tmp_path_factory):
     """A run that was killed right after its checkpoint of step 5 (of 9)."""
     folder = tmp_path_factory.mktemp("resume")
-    straight = train(folder / "straight")
+    straight = train_briefly(folder / "straight")
     stop_after(straight, HALF, Run(folder / "half"))
     return Run(folder / "half"), straight
 
@@ -74,36 +63,38 @@ def copied(run, path):
     return Run(path)
 
 
-def test_the_command_goes_on_with_the_runs_own_configuration_from_anywhere(half, tmp_path):
+def test_the_command_resumes_with_the_runs_own_configuration_from_anywhere(half, tmp_path):
     run, straight = copied(half[0], tmp_path / "a run's own [folder]"), half[1]
     done = command("intern.train", f"resume={run.path}", cwd=tmp_path, PYTHONPATH=str(ROOT))
-    assert f"going on from {run.checkpoints}/checkpoint-{HALF}" in done.stderr
+    assert f"resuming from {run.checkpoints}/checkpoint-{HALF}" in done.stderr
     assert not any(part.differ for part in compare(straight, run, STEPS))
     assert sorted(path.name for path in tmp_path.iterdir()) == [run.path.name]  # no other output folder
     assert "saved" in (run.path / "train.log").read_text()
 
 
-def test_a_finished_run_goes_on_longer_and_keeps_its_history(half, tmp_path):
+def test_a_finished_run_can_be_trained_longer_and_keeps_its_history(half, tmp_path):
     run = copied(half[1], tmp_path / "run")
     before = run.read_history()
-    with pytest.raises(UserError, match="holds a finished run: .*a higher trainer.max_steps to go on"):
-        finetune(own_config(run, composed(), []), run)
+    with pytest.raises(UserError, match="holds a finished run: .*raise trainer.max_steps to train it longer"):
+        finetune(resumed_config(run, composed(), []), run)
     longer = composed("trainer.max_steps=11", "resume=x")
-    finetune(own_config(run, longer, ["resume=x", "trainer.max_steps=11"]), run)
+    finetune(resumed_config(run, longer, ["resume=x", "trainer.max_steps=11"]), run)
     assert run.read_json(run.metrics)["optimizer_steps"] == 11
     assert run.read_history()[: len(before)] == before and len(run.read_history()) > len(before)
 
 
-def test_what_was_trained_can_be_asked_for_again_but_not_changed(half, tmp_path):
+def test_overrides_may_repeat_the_configuration_but_not_change_it(half, tmp_path):
     run = half[0]
     cfg = composed("lora.r=4", "+trainer.neftune_noise_alpha=5", "trainer.save_steps=3", "trainer.max_steps=9")
-    assert own_config(run, cfg, ["trainer.save_steps=3", "trainer.max_steps=9"]).trainer.save_steps == 3
+    assert resumed_config(run, cfg, ["trainer.save_steps=3", "trainer.max_steps=9"]).trainer.save_steps == 3
     for override in ("lora.r=4", "lora=qkvo", "experiment=tiny_cpu", "+trainer.neftune_noise_alpha=5"):
-        with pytest.raises(UserError, match=rf"{override.partition('=')[0].lstrip('+')} is not what .* was begun with"):
-            own_config(run, cfg, [override])
+        with pytest.raises(
+            UserError, match=rf"{override.partition('=')[0].lstrip('+')} differs from what .* was started with"
+        ):
+            resumed_config(run, cfg, [override])
     for most in (4, -1):
-        cfg = own_config(run, composed(f"trainer.max_steps={most}"), [f"trainer.max_steps={most}"])
-        with pytest.raises(UserError, match="was begun with 9, and can only go on longer"):
+        cfg = resumed_config(run, composed(f"trainer.max_steps={most}"), [f"trainer.max_steps={most}"])
+        with pytest.raises(UserError, match="was started with 9, and can only be trained longer"):
             finetune(cfg, run)
     assert not run.finished and set(MAY_CHANGE) > {"trainer.max_steps"}
 
@@ -126,7 +117,7 @@ def test_latest_is_the_newest_run_that_is_unfinished(half, tmp_path):
         stopped("nowhere", tmp_path)
 
 
-def test_a_run_whose_checkpoint_a_full_disk_cut_short_takes_the_one_before(half, tmp_path):
+def test_a_checkpoint_cut_short_by_a_full_disk_is_passed_over(half, tmp_path):
     run = copied(half[1], tmp_path / "run")
     last = run.checkpoints / f"checkpoint-{STEPS}"
     for name in ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth"):
@@ -147,8 +138,7 @@ def test_the_memory_plan_of_a_run_is_repeated_and_not_measured_again(tmp_path):
     model = LlamaModel(LlamaConfig(num_hidden_layers=4, hidden_size=8, num_attention_heads=2, vocab_size=10))
     run = Run(tmp_path)
     run.write_json(run.memory, {"layers": 4, "checkpointed": 3, "peak": 5, "budget": 6})
-    fit = FitMemory(run)
-    fit.trainer = type("Trainer", (), {"model": model, "kernels": InstalledKernels()})()  # all that a stored plan needs
+    fit = FitMemory(types.SimpleNamespace(model=model, kernels=InstalledKernels()), run)  # all that a stored plan needs
     args = types.SimpleNamespace(activation_checkpointing_kwargs=None)
     fit.on_train_begin(args, TrainerState(global_step=5, stateful_callbacks=[]), None, train_dataloader=None)
     assert [layer.gradient_checkpointing for layer in decoder_layers(model)] == [True, True, True, False]
@@ -183,6 +173,6 @@ def test_what_verify_cannot_do_is_said(override, tmp_path):
     assert done.returncode == 2 and override in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_the_configuration_that_is_kept_is_the_one_that_ran(half):
+def test_the_stored_configuration_is_the_one_that_ran(half):
     cfg = half[1].read_config()
     assert "resume" not in cfg and OmegaConf.to_container(cfg) == OmegaConf.to_container(half[0].read_config())

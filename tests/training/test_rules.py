@@ -109,7 +109,7 @@ def message(overrides, given, path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    monkeypatch.setattr("intern.training.finetune._forget_the_job_before", lambda: None)  # there was none
+    monkeypatch.setattr("intern.training.finetune._forget_previous_job", lambda: None)  # there was none
     places = {name.stem: str(name) for name in given.iterdir()}
     overrides = [text.format(**places) if "path=" in text or "file=" in text else text for text in overrides]
     search = [f"hydra.searchpath=[file://{given}]"] if overrides[0].startswith("experiment=wrong") else []

@@ -1,9 +1,7 @@
-"""The trainer: steps that really happened, float32 adapters, interruption."""
+"""The trainer: float32 adapters, metrics without waiting, steps that are repeated after memory ran out."""
 
 import contextlib
 import gc
-import os
-import signal
 import types
 import weakref
 
@@ -17,7 +15,7 @@ from helpers import tiny_trainer
 from omegaconf import OmegaConf
 from peft import LoraConfig
 from torch.utils.data import DataLoader
-from transformers import BitsAndBytesConfig, TrainerCallback, TrainerControl, TrainerState, masking_utils
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback, masking_utils
 from trl import SFTConfig, SFTTrainer
 
 import intern.memory.apply
@@ -31,82 +29,8 @@ from intern.memory.probe import Probe
 from intern.model.base import Base
 from intern.model.precision import Precision
 from intern.runs.directory import Run
-from intern.training.trainer import InternTrainer, Interruption, OptimizerSteps, StepRules
-
-
-class Loop:
-    """The library's loop as far as callbacks see it: fp16 skips the steps of which `skips` says so."""
-
-    def __init__(self, steps: OptimizerSteps, max_steps: int, skips) -> None:
-        self.steps, self.skips = steps, skips
-        self.state = TrainerState(max_steps=max_steps, stateful_callbacks=[])
-        self.control = TrainerControl()
-
-    def run(self) -> None:
-        self.steps.on_train_begin(None, self.state, self.control)
-        while not self.control.should_training_stop:
-            self.state.global_step += 1
-            self.control.should_training_stop = self.state.global_step >= self.state.max_steps  # DefaultFlowCallback
-            optimizer = types.SimpleNamespace(step_was_skipped=self.skips(self.state.global_step))
-            self.steps.on_step_end(None, self.state, self.control, optimizer=optimizer)
-
-
-def test_skipped_steps_do_not_count_and_are_made_up_for():
-    steps = OptimizerSteps(min_steps=10, max_skipped_steps=5)
-    loop = Loop(steps, 10, skips=lambda step: step in (1, 2, 10, 12))
-    loop.run()
-    assert (steps.taken, steps.skipped, loop.state.global_step) == (10, 4, 14)
-
-
-def test_skipped_steps_in_a_row_end_the_run_with_advice():
-    steps = OptimizerSteps(min_steps=10, max_skipped_steps=4)
-    with pytest.raises(RunError, match=r"skipped 5 optimizer steps in a row \(step 8\).*trainer=ampere"):
-        Loop(steps, 10, skips=lambda step: step > 3).run()
-    assert steps.taken == 3
-
-
-def test_counts_go_on_after_a_resume():
-    first = OptimizerSteps(min_steps=10, max_skipped_steps=5)
-    Loop(first, 6, skips=lambda step: step in (1, 2)).run()
-    second = OptimizerSteps(min_steps=10, max_skipped_steps=5)
-    loop = Loop(second, 10, skips=lambda step: False)
-    loop.state.stateful_callbacks = {"OptimizerSteps": first.state()}
-    loop.state.global_step = 8
-    loop.run()
-    assert (second.taken, second.skipped, loop.state.global_step) == (10, 2, 12)
-
-
-def test_early_stopping_waits_for_the_least_number_of_steps():
-    steps = OptimizerSteps(min_steps=10, max_skipped_steps=5)
-    for taken, stops in ((9, False), (10, True)):
-        steps.taken = taken
-        control = TrainerControl(should_training_stop=True)
-        steps.on_evaluate(None, TrainerState(), control)
-        assert control.should_training_stop is stops
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_stops_after_the_step_and_a_second_one_stops_at_once(number):
-    interruption, control = Interruption(), TrainerControl()
-    before = signal.getsignal(number)
-    interruption.on_train_begin(None, TrainerState(), control)
-    interruption.on_step_end(None, TrainerState(), control)
-    assert not control.should_training_stop
-    os.kill(os.getpid(), number)
-    interruption.on_step_end(None, TrainerState(), control)
-    assert (control.should_save, control.should_training_stop, interruption.signal) == (True, True, number)
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), number)
-    assert signal.getsignal(number) == before
-
-
-def test_a_signal_is_not_outwaited_by_the_least_number_of_steps():
-    steps, interruption = OptimizerSteps(min_steps=10, max_skipped_steps=5), Interruption()
-    control = TrainerControl(should_training_stop=True)
-    interruption.signal = signal.SIGTERM
-    for callback in (steps, interruption):  # the order in which the trainer has them
-        callback.on_evaluate(None, TrainerState(), control)
-    assert control.should_training_stop
+from intern.training.arguments import StepRules
+from intern.training.trainer import InternTrainer
 
 
 @pytest.mark.gpu
@@ -119,8 +43,8 @@ def test_fp16_training_keeps_its_adapters_in_float32_and_counts_its_steps(tmp_pa
     assert run.read_history()[-1]["loss_scale"] > 1
 
 
-def test_packed_rows_train_without_a_look_for_a_mask_or_for_what_is_scored(tmp_path, monkeypatch):
-    """Which would wait for the GPU in every step."""
+def test_packed_rows_train_without_reading_a_mask_or_labels(tmp_path, monkeypatch):
+    """Reading them would wait for the GPU in every step."""
     from helpers import train
 
     def look(position_ids):
@@ -132,8 +56,22 @@ def test_packed_rows_train_without_a_look_for_a_mask_or_for_what_is_scored(tmp_p
     assert run.read_json(run.metrics)["optimizer_steps"] == 12
 
 
-def trained_adapters(tmp_path, faults, callback=None, at="mlp", rows_of_batch=1, **more):
-    """The adapters after three steps of two batches; `faults` are the passes at which memory runs out. And how often it was made room."""
+class Made:
+    """A callback that is made for a trainer, and can be read afterwards."""
+
+    def __init__(self, kind, *arguments):
+        self.kind, self.arguments = kind, arguments
+
+    def __call__(self, trainer):
+        self.callback = self.kind(trainer, *self.arguments)
+        return self.callback
+
+
+def trained_adapters(tmp_path, faults, callback=None, at="mlp", rows_of_batch=1, makes_room=True, **more):
+    """The adapters after three steps of two batches, and the passes after which memory was freed.
+
+    `faults` are the passes in which memory runs out, `callback` makes a callback for the trainer.
+    """
     base = Base(
         OmegaConf.create({"pretrained_model_name_or_path": "data/tiny_llama3", "attn_implementation": "isolated"})
     )
@@ -169,25 +107,31 @@ def trained_adapters(tmp_path, faults, callback=None, at="mlp", rows_of_batch=1,
         if len(passes) in faults:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    if callback is not None:
-        callback.trainer = trainer
-        trainer.add_callback(callback)
     layer = trainer.model.get_base_model().model.layers[3]
     layer.get_submodule(at).register_forward_pre_hook(full)
 
-    def make_room():
-        assert not layer.self_attn.k_proj.siblings._waiting  # nothing of the pass that failed is held
-        room.append(len(passes))
+    class Room(TrainerCallback):
+        can_step_back = True
 
-    trainer.step_back = make_room
+        def before_batch(self, tokens):
+            pass
+
+        def step_back(self):
+            assert not layer.self_attn.k_proj.siblings._waiting  # the failed pass holds nothing
+            room.append(len(passes))
+
+    if callback is not None:
+        trainer.add_callback(callback(trainer))
+    if makes_room:
+        trainer.add_callback(Room())
     trainer.train()
     rows_of_step = min(2 * rows_of_batch, len(ids))
-    # Read at the end alone: no log entry comes before.
+    # Read only at the end: no log entry comes before.
     assert trainer.state.num_input_tokens_seen == 3 * rows_of_step * 30
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, room
 
 
-def test_norms_keep_their_form_where_liger_puts_its_own_at_the_beginning_of_training(tmp_path, monkeypatch):
+def test_norms_stay_fused_although_liger_replaces_norms_at_the_beginning_of_training(tmp_path, monkeypatch):
     def put(model, config):
         for layer in model.base_model.model.model.layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
@@ -204,7 +148,7 @@ def test_norms_keep_their_form_where_liger_puts_its_own_at_the_beginning_of_trai
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_optimizer_keeps_no_embeddings_and_no_paged_state_after_training(tmp_path, monkeypatch, fails):
-    """The libraries note them in lists of the whole process: a sweep would hold those of every job."""
+    """The libraries store them in lists of the whole process: a sweep would hold those of every job."""
     noted, register = [], bnb.optim.GlobalOptimManager.register_module_override
 
     def note(manager, module, *more):
@@ -230,7 +174,7 @@ def test_an_optimizer_keeps_no_embeddings_and_no_paged_state_after_training(tmp_
 class Logs(TrainerCallback):
     """What is logged, but for times."""
 
-    def __init__(self):
+    def __init__(self, trainer):
         self.entries = []
 
     def on_log(self, *_, logs, **given):
@@ -239,19 +183,20 @@ class Logs(TrainerCallback):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_loss_and_figures_are_trls(steps, tmp_path, monkeypatch):
-    ours, theirs = Logs(), Logs()
+def test_loss_and_metrics_are_trls(steps, tmp_path, monkeypatch):
+    ours, theirs = Made(Logs), Made(Logs)
     found, _ = trained_adapters(tmp_path, (), ours, logging_steps=steps)
     monkeypatch.setattr(InternTrainer, "_plain_loss", SFTTrainer.compute_loss)
     expected, _ = trained_adapters(tmp_path, (), theirs, logging_steps=steps)
-    assert len(ours.entries) == 3 // steps + 1 and ours.entries[0].keys() >= {"loss", "entropy", "mean_token_accuracy"}
-    for mine, other in zip(ours.entries, theirs.entries, strict=True):
+    entries = ours.callback.entries
+    assert len(entries) == 3 // steps + 1 and entries[0].keys() >= {"loss", "entropy", "mean_token_accuracy"}
+    for mine, other in zip(entries, theirs.callback.entries, strict=True):
         assert mine == pytest.approx(other, rel=1e-5)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("at", ["mlp", "self_attn.k_proj"])  # the latter between layers that share a node
-def test_a_step_in_which_memory_runs_out_is_taken_again_and_leaves_no_trace(at, tmp_path):
+def test_a_step_in_which_memory_runs_out_is_repeated_and_leaves_no_trace(at, tmp_path):
     expected, nothing = trained_adapters(tmp_path, (), at=at)
     # The second batch of the second step, and the first of its repetition.
     found, room = trained_adapters(tmp_path, (4, 5), at=at)
@@ -261,6 +206,9 @@ def test_a_step_in_which_memory_runs_out_is_taken_again_and_leaves_no_trace(at, 
 
 class Foretelling(TrainerCallback):
     """The rows of each batch, as they are known before training and as they come."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
         self.known = list(coming_batches(train_dataloader, 3 * 2))
@@ -273,12 +221,13 @@ class Foretelling(TrainerCallback):
 
 def test_batches_are_known_before_they_come(tmp_path):
     expected, _ = trained_adapters(tmp_path, (), rows_of_batch=4)
-    foretelling = Foretelling()
-    found, _ = trained_adapters(tmp_path, (), foretelling, rows_of_batch=4)
+    made = Made(Foretelling)
+    found, _ = trained_adapters(tmp_path, (), made, rows_of_batch=4)
+    foretelling = made.callback
     assert foretelling.came == foretelling.known
     assert len({tuple(batch) for batch in foretelling.known}) == 6  # three epochs, in an order of their own each
-    assert all(torch.equal(found[name], expected[name]) for name in expected)  # to look ahead changes nothing
-    assert list(coming_batches(DataLoader(range(4), batch_size=2, shuffle=True), 6)) == []  # drawn when asked for
+    assert all(torch.equal(found[name], expected[name]) for name in expected)  # looking ahead changes nothing
+    assert list(coming_batches(DataLoader(range(4), batch_size=2, shuffle=True), 6)) == []  # drawn only when read
 
 
 @pytest.mark.parametrize("pinned", [True, False])
@@ -302,7 +251,8 @@ def test_the_next_batch_is_copied_while_the_gpu_computes_if_its_memory_is_pinned
 class Probing(TrainerCallback):
     """Steps for the memory plan, before training and once more when the optimizer has states."""
 
-    def __init__(self):
+    def __init__(self, trainer):
+        self.trainer = trainer
         self.moved = []
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -320,9 +270,9 @@ class Probing(TrainerCallback):
 def test_a_step_that_was_only_tried_leaves_no_trace(tmp_path, monkeypatch):
     expected, _ = trained_adapters(tmp_path, ())
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    probing = Probing()
+    probing = Made(Probing)
     found, _ = trained_adapters(tmp_path, (), probing)
-    assert probing.moved == [True, True]
+    assert probing.callback.moved == [True, True]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -331,12 +281,12 @@ def test_a_step_that_was_only_tried_leaves_no_trace(tmp_path, monkeypatch):
 )
 def test_every_form_of_the_memory_plan_trains_the_same_adapters(form, tmp_path, monkeypatch):
     plan = MemoryPlan(**{"layers": 4, "checkpointed": 4, "peak": 0, "budget": 0} | form)
-    fit = FitMemory(Run(tmp_path))
-    monkeypatch.setattr(fit, "_measured", lambda chooser: plan)
+    fit = Made(FitMemory, Run(tmp_path))
+    monkeypatch.setattr(FitMemory, "_measured", lambda fit, chooser: plan)
     monkeypatch.setattr(intern.memory.apply, "_TILE_TOKENS", 8)  # tokens: rows of 30 go in four pieces
     expected, _ = trained_adapters(tmp_path, ())
     found, _ = trained_adapters(tmp_path, (), fit)
-    assert fit.plan == plan
+    assert fit.callback.plan == plan
     # AdamW divides each gradient by its own size, so for a gradient near zero the order of a sum shows in the adapter, more on
     # some processors than on others (1.2e-6 measured). 2e-6 is a tenth of one step at this learning rate of 2e-5.
     close = 2e-6 if plan.tiled else 1e-6
@@ -344,9 +294,9 @@ def test_every_form_of_the_memory_plan_trains_the_same_adapters(form, tmp_path, 
         torch.testing.assert_close(found[name], adapter, atol=close, rtol=1e-4)
 
 
-def test_as_many_layers_recompute_as_a_batch_demands(tmp_path, monkeypatch):
-    fit = FitMemory(Run(tmp_path))
-    monkeypatch.setattr(fit, "_measured", lambda chooser: MemoryPlan(4, 3, 0, 0, tokens=120))
+def test_as_many_layers_recompute_as_a_batch_requires(tmp_path, monkeypatch):
+    fit = Made(FitMemory, Run(tmp_path))
+    monkeypatch.setattr(FitMemory, "_measured", lambda fit, chooser: MemoryPlan(4, 3, 0, 0, tokens=120))
     seen, select = [], PlanApplier.select_checkpointed_layers
 
     def selected(applier, tokens):
@@ -361,9 +311,27 @@ def test_as_many_layers_recompute_as_a_batch_demands(tmp_path, monkeypatch):
         torch.testing.assert_close(found[name], adapter, atol=1e-6, rtol=1e-4)
 
 
-def test_without_a_plan_memory_that_runs_out_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        InternTrainer, "step_back", property(lambda self: None, lambda self, value: None), raising=False
-    )
-    with pytest.raises(torch.OutOfMemoryError):
-        trained_adapters(tmp_path, (2,))
+def test_without_a_memory_plan_a_run_ends_when_memory_runs_out(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        trained_adapters(tmp_path, (2,), makes_room=False)
+
+
+def test_no_step_counts_floating_point_operations(tmp_path, monkeypatch):
+    """The library would count all parameters again for every batch, and nothing uses the number."""
+
+    def count(*arguments, **more):
+        raise AssertionError("parameters are counted")
+
+    trainer = tiny_trainer(tmp_path)
+    monkeypatch.setattr(PreTrainedModel, "num_parameters", count)
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_log_entries_have_no_second_count_of_tokens(tmp_path, monkeypatch):
+    """TRL's starts at 0 after a resume, so two log entries of the same step would differ."""
+    monkeypatch.setattr(InternTrainer, "_plain_loss", SFTTrainer.compute_loss)  # which counts
+    trainer = tiny_trainer(tmp_path, logging_steps=1)
+    trainer.train()
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3 and not any("num_tokens" in entry for entry in losses)

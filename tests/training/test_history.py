@@ -1,0 +1,49 @@
+"""Log entries: the line in history.jsonl, the same to the trackers, and what a terminal shows."""
+
+import math
+import types
+
+from transformers import TrainerControl, TrainerState
+
+from intern.runs.directory import Run
+from intern.training.history import History
+from intern.training.steps import OptimizerSteps
+
+
+def logged(tmp_path, logs, optimizer=None, step=4):
+    """What is in history.jsonl and what is reported of one log entry."""
+    reported = []
+    steps = OptimizerSteps(0, 5)
+    steps.taken, steps.skipped = 3, 1
+    history = History(Run(tmp_path), steps, reported.append)
+    state, control = TrainerState(max_steps=10, num_input_tokens_seen=0), TrainerControl()
+    history.on_train_begin(None, state, control)
+    state.global_step, state.num_input_tokens_seen = step, 500
+    history.on_log(None, state, control, logs=logs, optimizer=optimizer)
+    history.close()
+    return history.run.read_history(), reported
+
+
+def test_an_entry_has_steps_taken_and_skipped_tokens_per_second_and_the_loss_scale(tmp_path):
+    scaler = types.SimpleNamespace(get_scale=lambda: 1024.0)
+    optimizer = types.SimpleNamespace(scaler=scaler)
+    [entry], [reported] = logged(tmp_path, {"loss": 2.0, "total_flos": 0.0, "train_runtime": 1.0}, optimizer)
+    assert entry == reported and entry["tokens_per_second"] > 0
+    expected = {"step": 4, "optimizer_steps": 3, "skipped_steps": 1, "loss": 2.0, "loss_scale": 1024.0}
+    assert {name: value for name, value in entry.items() if name != "tokens_per_second"} == expected
+
+
+def test_nan_is_text_in_the_file_and_a_number_for_trackers(tmp_path):
+    [entry], [reported] = logged(tmp_path, {"loss": float("nan"), "grad_norm": float("inf")})
+    assert (entry["loss"], entry["grad_norm"]) == ("nan", "inf")
+    assert math.isnan(reported["loss"]) and "loss_scale" not in reported
+
+
+def test_the_libraries_summary_of_a_run_is_not_an_entry(tmp_path):
+    assert logged(tmp_path, {"train_loss": 2.0, "train_runtime": 9.0}) == ([], [])
+
+
+def test_without_a_terminal_progress_is_a_line_of_text(tmp_path, caplog):
+    caplog.set_level("INFO")
+    logged(tmp_path, {"loss": 2.0, "eval_f1": 0.25})
+    assert "step 4/10  loss 2.000  eval_f1 0.250  tokens/s " in caplog.text and "left 00:00:00" in caplog.text
