@@ -65,5 +65,5 @@ def test_a_run_from_before_a_key_was_there_is_the_same_run(settings, tmp_path):
     run.write_json(run.environment, {"data": {}})
     check_same(OmegaConf.create(cfg), run, {})
     cfg["data"]["loss_on"] = "last"
-    with pytest.raises(UserError, match="data.loss_on is not what"):
+    with pytest.raises(UserError, match="data.loss_on differs from what"):
         check_same(OmegaConf.create(cfg), run, {})
