@@ -40,7 +40,7 @@ class TrainingPlan:
     args: SFTConfig
     build_memory: (
         Callable[[Any], FitMemory] | None
-    )  # for a trainer on a GPU, unless trainer.activation_checkpointing=false
+    )  # of a trainer; on a GPU, unless trainer.activation_checkpointing=false
     lora: LoraConfig
     quant: BitsAndBytesConfig | None
     precision: Precision
