@@ -1,14 +1,13 @@
 # A fresh machine needs Python 3.11 or newer, git and make. PYTHON=... picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
-UPSTREAM := .venv-upstream
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-upstream lint docs
+.PHONY: help install quickstart test lint
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## make the environment in .venv
 
@@ -26,22 +25,6 @@ quickstart: install ## train a tiny model on this machine's CPU, score it agains
 
 test: install lint ## lint, types, the whole test suite
 	$(RUN) -m pytest -n 2 --dist loadfile
-
-# Every library at its newest release, whatever pyproject.toml allows; torch first, for the reason above.
-test-upstream: install ## what the newest release of every library would break, in an environment of its own
-	$(PYTHON) -m venv $(UPSTREAM)
-	$(UPSTREAM)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade torch
-	$(RUN) scripts/unbounded.py | xargs $(UPSTREAM)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade
-	$(UPSTREAM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-	@echo "newer than this project's bounds:"
-	@$(UPSTREAM)/bin/python -m pip check || true
-	@$(UPSTREAM)/bin/python -m pytest -q tests/test_upstream.py; names=$$?; \
-	$(UPSTREAM)/bin/python -m pytest -q -n 2 --dist loadfile --ignore tests/test_upstream.py; suite=$$?; \
-	echo "private names: $$names, suite: $$suite (0: nothing breaks)"; test $$names -eq 0 -a $$suite -eq 0
-
-docs: install ## the documentation as a site in build/docs
-	$(RUN) scripts/source_tree.py
-	$(VENV)/bin/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
 
 lint: install ## ruff, mypy and the direction of imports
 	$(RUN) -m ruff check .

@@ -19,7 +19,7 @@ from transformers import (
 from intern.config.build import literal_text
 from intern.data.tokenize import turns
 from intern.errors import RunError, UserError
-from intern.evaluation.metrics import token_f1
+from intern.evaluation.metrics import Answer, mean_score, training_metrics
 from intern.inference.generate import build_generation, generate
 from intern.inference.losses import answer_losses
 from intern.runs.directory import SCHEMA_VERSION, Run
@@ -136,7 +136,7 @@ def _train(model: PreTrainedModel, run: Run, plan: TrainingPlan, tracker: Tracke
         patience = Patience(plan.rules.early_stopping_patience, steps)
     trainer = InternTrainer(
         rules=plan.rules,
-        answers_f1=functools.partial(_answers_f1, plan=plan) if plan.rules.eval_answers else None,
+        answer_scores=functools.partial(_answer_scores, plan=plan) if plan.rules.eval_answers else None,
         model=model,
         args=plan.args,
         train_dataset=plan.train.rows,
@@ -245,10 +245,11 @@ def _sample_answers(model: Any, plan: TrainingPlan, count: int) -> list[dict[str
     return _answered(model, plan, count, batch_size=count)
 
 
-def _answers_f1(model: Any, plan: TrainingPlan) -> float:
-    """The mean token F1 of the answers to trainer.eval_answers golden questions."""
+def _answer_scores(model: Any, plan: TrainingPlan) -> dict[str, float]:
+    """Return the scores of the answers to trainer.eval_answers golden questions, by their keys in a log entry."""
     answered = _answered(model, plan, plan.rules.eval_answers, plan.args.per_device_eval_batch_size)
-    return sum(token_f1(row["answer"], row["reference"]) for row in answered) / len(answered)
+    answers = [Answer(row["answer"], row["reference"], row["question"]) for row in answered]
+    return {key: mean_score(name, answers) for key, name in training_metrics().items()}
 
 
 def _answered(model: Any, plan: TrainingPlan, count: int, batch_size: int) -> list[dict[str, str]]:

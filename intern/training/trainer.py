@@ -334,17 +334,19 @@ class InternTrainer(SFTTrainer):
 
     Args:
         rules: our own keys of conf/trainer.
-        answers_f1: a model -> the token F1 of its answers, which every evaluation then has as eval_f1.
+        answer_scores: a model -> scores of its answers by their keys in a log entry, such as eval_f1; every evaluation then has them.
         kwargs: what SFTTrainer takes.
     """
 
-    def __init__(self, rules: StepRules, answers_f1: Callable[[Any], float] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, rules: StepRules, answer_scores: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any
+    ) -> None:
         self._min_steps = rules.min_steps
         # Of intern/memory/callback.py: what a batch's tokens are told to before it is computed, and what makes room where GPU memory runs out.
         self.before_batch: Callable[[int], None] | None = None
         self.step_back: Callable[[], None] | None = None
         self._batches: list[dict[str, Any]] = []  # of the optimizer step that is under way
-        self._answers_f1 = answers_f1
+        self._answer_scores = answer_scores
         self._has_looked = False
         args: SFTConfig = kwargs["args"]
         length = args.max_length
@@ -483,8 +485,8 @@ class InternTrainer(SFTTrainer):
     def evaluation_loop(self, *arguments: Any, **kwargs: Any) -> EvalLoopOutput:
         """The library's, before it logs and compares the figures."""
         output = super().evaluation_loop(*arguments, **kwargs)
-        if self._answers_f1 is not None and output.metrics is not None:
-            output.metrics["eval_f1"] = self._answers_f1(self.model)
+        if self._answer_scores is not None and output.metrics is not None:
+            output.metrics.update(self._answer_scores(self.model))
         return output
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -30,7 +30,7 @@ def test_the_wheel_carries_configuration_and_data_and_no_runs(wheel):
 
 def test_every_command_runs_from_an_installed_wheel_in_another_directory(wheel, tmp_path):
     site = tmp_path / "site"
-    # The libraries come from the running environment; only the project itself is installed.
+    # The libraries come from the running environment; only the project itself is installed anew.
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True
     )
