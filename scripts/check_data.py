@@ -1,39 +1,31 @@
 """python scripts/check_data.py data/train.jsonl data/golden_test_set.jsonl
 
-Proves the promises of the sample data and prints one line for each broken one (exit code 1) or a summary (exit code 0).
+Checks the properties that data/README.md promises; prints one line for each fault (exit code 1) or a summary (exit code 0).
 """
 
 import argparse
 import json
-import re
 import sys
 import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from intern.data.text import comparable
+from intern.evaluation.text_scores import numbers
+from intern.inspection.near_duplicates import words
+
 Row = dict[str, Any]
 
 CHUNK_WORDS = (60, 160)
 ANSWER_WORDS = (1, 80)
 QUESTION_WORDS = (3, 40)
-NEAR = 0.75  # share of common words (Jaccard) from which two questions count as the same question
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+NEAR = 0.75  # Jaccard index of their words from which two questions count as the same question
 FIELDS = {"question": str, "answer": str, "chunk_text": str, "chunk_id": str, "topic": str}
 
 
-def figures(text: str) -> set[str]:
-    """The numbers of a text without thousands separators: "$43,978M" -> {"43978"}."""
-    return {match.replace(",", "").rstrip(".") for match in NUMBER.findall(text)}
-
-
-def words(text: str) -> frozenset[str]:
-    """The distinct lower-case words and numbers of a text."""
-    return frozenset(re.findall(r"[^\W_]+", text.lower()))
-
-
 def similarity(a: frozenset[str], b: frozenset[str]) -> float:
-    """Jaccard index of two word sets, from 0 to 1."""
+    """Return the Jaccard index of two word sets, from 0 to 1."""
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
@@ -46,8 +38,8 @@ def row_faults(row: Row) -> list[str]:
         if not isinstance(row.get(field), kind) or not row[field].strip():
             return [f"{field} is missing, empty or not text"]
     faults = []
-    if unsupported := figures(row["answer"]) - figures(row["chunk_text"]):
-        faults.append(f"figures of the answer that its chunk does not have: {', '.join(sorted(unsupported))}")
+    if unsupported := numbers(row["answer"]) - numbers(row["chunk_text"]):
+        faults.append(f"numbers of the answer that its chunk does not have: {', '.join(sorted(unsupported))}")
     for field, (least, most) in {"chunk_text": CHUNK_WORDS, "answer": ANSWER_WORDS, "question": QUESTION_WORDS}.items():
         count = len(row[field].split())
         if not least <= count <= most:
@@ -60,14 +52,14 @@ def row_faults(row: Row) -> list[str]:
             or any(unicodedata.category(c) == "Cc" for c in text)
             or "\ufffd" in text
         ):
-            faults.append(f"{field} is not clean text (NFC, no control characters, no outer blanks)")
+            faults.append(f"{field} is not clean text (NFC, no control characters, no spaces around it)")
     return faults
 
 
 def set_faults(train: list[Row], golden: list[Row]) -> list[str]:
-    """What only shows between rows: duplicates, near-duplicates across the split, chunks that differ under one id, wrong marks."""
+    """Return faults between rows: duplicates, near-duplicates across the split, chunks that differ under one id, wrong marks."""
     faults = []
-    for question, count in Counter(row["question"].strip().lower() for row in train + golden).items():
+    for question, count in Counter(comparable(row["question"]) for row in train + golden).items():
         if count > 1:
             faults.append(f"{count} rows ask: {question}")
     trained = [(words(row["question"]), row["question"]) for row in train]
@@ -84,7 +76,7 @@ def set_faults(train: list[Row], golden: list[Row]) -> list[str]:
         if texts.setdefault(row["chunk_id"], chunk) != chunk:
             faults.append(f"chunk {row['chunk_id']} has two texts or topics")
     if len({text for text, _ in texts.values()}) < len(texts):
-        faults.append("one chunk text stands under two chunk ids")
+        faults.append("one chunk text has two chunk ids")
     seen = {row["chunk_id"] for row in train}
     faults += [
         f"golden question {row['question']!r} is marked wrongly as seen or unseen"
@@ -95,7 +87,7 @@ def set_faults(train: list[Row], golden: list[Row]) -> list[str]:
 
 
 def check(train_path: Path, golden_path: Path) -> list[str]:
-    """All faults of the two files, as lines that name file and row."""
+    """Return all faults of the two files, as lines that name file and row."""
     faults, sets = [], []
     for path in (train_path, golden_path):
         sets.append(read(path))

@@ -1,17 +1,22 @@
-"""Rows -> a table on standard output: drawn in a terminal, Markdown in a pipe."""
+"""Rows -> a table on standard output: drawn to fit a terminal, Markdown in a pipe."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from intern.display.text import visible
+
+_TEXT, _HEADING = 16, 12  # characters: longer words of texts and headings may be broken, numbers never
+
 
 @dataclass(frozen=True)
 class Column:
-    """How a figure is shown: its heading, whether higher is better (None: neither), and its form."""
+    """How a value is shown: its heading, whether higher is better (None: neither), and its format."""
 
     label: str
     higher_is_better: bool | None
@@ -19,25 +24,81 @@ class Column:
 
 
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
-    """Prints the table; the first `texts` columns are text, the others are figures."""
+    """Print the table.
+
+    Args:
+        columns: headings.
+        rows: cells of each row.
+        texts: the first `texts` columns are text, the others are numbers.
+    """
     console = Console()
     if console.is_terminal:
         table = Table()
-        for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index < texts else "right", overflow="fold")
+        widths = _column_widths(columns, rows, texts, console.width)
+        for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
+            table.add_column(
+                visible(column), justify="left" if index < texts else "right", overflow="fold", width=width
+            )
         for row in rows:
-            table.add_row(*(Text(_one_line(cell)) for cell in row))  # a path may look like rich's markup
+            table.add_row(*(Text(visible(cell)) for cell in row))  # Text: a path may look like rich's markup
         console.print(table)
         return
     sys.stdout.write(markdown(columns, rows, texts))
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """The table as Markdown; no cell can break out of its place."""
-    lines = [[_one_line(cell).replace("|", "\\|") for cell in row] for row in (columns, *rows)]
+    """Return the table as Markdown. No cell leaves its place; what else is Markdown in a cell takes effect.
+
+    Args:
+        columns, rows, texts: as for `show`.
+    """
+    lines = [[visible(cell).replace("|", "\\|") for cell in row] for row in (columns, *rows)]
     lines.insert(1, ["---"] * texts + ["---:"] * (len(columns) - texts))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)
+def natural_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Return the columns of a terminal that the table needs if no cell is wrapped.
+
+    Args:
+        columns, rows: as for `show`.
+    """
+    return sum(_natural_widths(columns, rows)) + _borders(len(columns))
+
+
+def least_width(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> int:
+    """Return the columns of a terminal that the table needs if its cells are wrapped.
+
+    Args:
+        columns, rows, texts: as for `show`.
+    """
+    return sum(_least_widths(columns, rows, texts)) + _borders(len(columns))
+
+
+def _natural_widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(cell_len(visible(row[index])) for row in (columns, *rows)) for index in range(len(columns))]
+
+
+def _least_widths(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> list[int]:
+    widths = []
+    for index, heading in enumerate(columns):
+        words = [cell_len(word) for row in rows for word in visible(row[index]).split()]
+        longest = max(words, default=1)
+        heading_words = max(map(cell_len, heading.split()), default=1)
+        widths.append(max(min(longest, _TEXT) if index < texts else longest, min(heading_words, _HEADING)))
+    return widths
+
+
+def _column_widths(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int, available: int) -> list[int]:
+    """Return the width of each column: as wide as its cells if there is room, else the room is shared by what each lacks."""
+    natural = _natural_widths(columns, rows)
+    room = available - _borders(len(columns))
+    if sum(natural) <= room:
+        return natural
+    least = [min(pair) for pair in zip(_least_widths(columns, rows, texts), natural, strict=True)]
+    spare, lacking = max(room - sum(least), 0), sum(natural) - sum(least)
+    return [width + spare * (wanted - width) // max(lacking, 1) for width, wanted in zip(least, natural, strict=True)]
+
+
+def _borders(count: int) -> int:
+    return 3 * count + 1

@@ -1,4 +1,4 @@
-"""Per-row figures -> a score, its confidence interval and the difference of two models, by a seeded bootstrap."""
+"""Per-row scores of two models -> the scores, their confidence intervals and the paired difference, by a seeded bootstrap."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -8,15 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
-FEW, FEW_MARK = 30, "⚠"  # a score from fewer rows carries the mark in every table
-_BLOCK = 4_000_000  # counts drawn at once: 32 MB
+FEW, FEW_MARK = 30, "⚠"  # a score from fewer rows is marked in every table
+_BLOCK = 4_000_000  # counts drawn in one chunk: 32 MB
 
-Figures = NDArray[np.float64]
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score and the bounds of its 95 % interval; bounds are None where there is too little to resample."""
+    """A score and the bounds of its 95 % interval; the bounds are None if there is too little to resample."""
 
     value: float | None
     low: float | None
@@ -24,35 +24,41 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One score of two models on the same rows, and the second one's minus the first one's."""
+class PairedScore:
+    """One metric of two models on the same rows, and the difference `after - before`."""
 
     before: Estimate
     after: Estimate
     difference: Estimate
 
 
-def compare(
-    before: tuple[Figures, Figures],
-    after: tuple[Figures, Figures],
+def paired_bootstrap(
+    before: tuple[Array, Array],
+    after: tuple[Array, Array],
     clusters: Sequence[Hashable],
     seed: int,
     resamples: int,
     exponential: bool = False,
     share: bool = False,
-) -> Comparison:
-    """The two models' ratios of sums, with percentile bootstrap intervals (Efron 1979); both see the same draws, so the difference is paired.
+) -> PairedScore:
+    """Compute both models' ratios of sums with percentile bootstrap intervals (Efron 1979).
+
+    Both models are resampled with the same draws, so the interval of the difference is paired.
 
     Args:
-        before, after: numerators and denominators, each of shape (rows,). A mean has denominators 1, and 0 for rows that do not count;
-            a token-weighted loss has the rows' summed losses over their tokens.
-        clusters: what each row belongs to, of length rows. Whole clusters are drawn: two questions on one chunk are no two independent
+        before, after: numerators and denominators, each of shape (rows,). A mean has denominators of 1, and of 0 for rows that do not
+            count; a loss per token has the rows' summed losses over their tokens.
+        clusters: the cluster of each row, of length rows. Whole clusters are drawn, because two questions on one chunk are not independent
             observations.
         seed: the same seed gives the same bounds.
-        resamples: draws.
-        exponential: e to the power of the ratio instead of the ratio (perplexity).
-        share: rows score from 0 to 1. Where all clusters agree, resampling finds no spread; then the exact binomial bound stands: what
-            none of n clusters did, others do with a share of up to 1 - 0.025^(1/n) (Hanley and Lippman-Hand 1983, the "rule of three").
+        resamples: number of draws.
+        exponential: score e to the power of the ratio (perplexity) instead of the ratio.
+        share: rows score from 0 to 1. If all clusters agree, resampling finds no spread; the exact binomial bound is returned instead: an
+            event that none of n clusters had has a probability of up to 1 - 0.025^(1/n) (Hanley and Lippman-Hand 1983, the "rule of
+            three").
+
+    Returns:
+        The two scores and their difference. A value is None if no row counts, bounds are None with fewer than two clusters.
     """
     columns = np.stack([*before, *after], axis=1)
     members = {cluster: index for index, cluster in enumerate(dict.fromkeys(clusters))}
@@ -61,7 +67,7 @@ def compare(
     counted = sums[(sums[:, 1] != 0) | (sums[:, 3] != 0)]
     total = _ratios(counted.sum(axis=0, keepdims=True), exponential)[0]
     if len(counted) < 2:
-        return Comparison(*(Estimate(_finite(value), None, None) for value in total))
+        return PairedScore(*(Estimate(_finite(value), None, None) for value in total))
     rng = np.random.default_rng(seed)
     even = np.full(len(counted), 1 / len(counted))
     step = max(1, _BLOCK // len(counted))
@@ -79,11 +85,11 @@ def compare(
         if share and math.isclose(low, high, abs_tol=1e-12):
             low, high = max(least, value - unseen), min(1, value + unseen)
         estimates.append(Estimate(_finite(value), _finite(low), _finite(high)))
-    return Comparison(*estimates)
+    return PairedScore(*estimates)
 
 
-def _ratios(sums: Figures, exponential: bool) -> Figures:
-    """(draws, 4) numerators and denominators of two models -> (draws, 3): the first, the second, their difference."""
+def _ratios(sums: Array, exponential: bool) -> Array:
+    """Numerators and denominators of two models, (draws, 4) -> (draws, 3): the first ratio, the second, their difference."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         first, second = sums[:, 0] / sums[:, 1], sums[:, 2] / sums[:, 3]
         if exponential:

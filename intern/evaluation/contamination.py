@@ -1,4 +1,4 @@
-"""Golden rows and a run -> which of them training has seen, by content of the training file that the run recorded."""
+"""Golden rows and a run -> which of the rows training has seen, by the content of the training file that the run recorded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,28 +9,33 @@ from intern.config.build import plain
 from intern.data.files import DataFile
 from intern.data.prepare import training_rows
 from intern.data.sources import locate
+from intern.data.text import comparable
 from intern.errors import UserError
 from intern.runs.directory import Run
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """For each golden row, in order: True, False, or None where it cannot be told."""
+    """For each golden row, in order: True, False, or None if unknown."""
 
-    rows: Sequence[bool | None]  # question and answer stand together in a training row
-    chunks: Sequence[bool | None]  # its chunk is a training row's
-    told_by: str  # how this is known, or why it is not: one sentence for the report
+    rows: Sequence[bool | None]  # a training row has the same question and answer
+    chunks: Sequence[bool | None]  # a training row has the same chunk
+    told_by: str  # how this is known, or why it is not: a sentence for the report
 
     def seen(self, index: int) -> bool | None:
-        """Whether training had the row or its chunk."""
+        """Return whether training had the row or its chunk."""
         return True if self.rows[index] else self.chunks[index]
 
 
 def find_overlap(run: Run, golden: Dataset, train_file: str | None) -> Overlap:
-    """Compares by content, blanks and case aside; where the training file is gone, the golden rows' own seen_chunk marks stand.
+    """Compare golden and training rows by content, ignoring case and whitespace.
+
+    Without the training file, the golden rows' own seen_chunk marks are used.
 
     Args:
-        train_file: another place of the run's training file; None: where the run has recorded it.
+        run: the run whose training file is compared.
+        golden: rows with question, answer, chunk_text and seen_chunk.
+        train_file: another place of the run's training file; None: the place that the run recorded.
 
     Raises:
         UserError: `train_file` is not the file that the run was trained on.
@@ -56,29 +61,25 @@ def find_overlap(run: Run, golden: Dataset, train_file: str | None) -> Overlap:
     training = training_rows(values)
     trained = training.rows
     pairs = {
-        (_plain(question), _plain(answer))
+        (comparable(question), comparable(answer))
         for question, answer in zip(trained["question"], trained["answer"], strict=True)
     }
-    chunks = {_plain(chunk) for chunk in trained["chunk_text"] if chunk}
+    chunks = {comparable(chunk) for chunk in trained["chunk_text"] if chunk}
     return Overlap(
         rows=[
-            (_plain(question), _plain(answer)) in pairs
+            (comparable(question), comparable(answer)) in pairs
             for question, answer in zip(golden["question"], golden["answer"], strict=True)
         ],
-        chunks=[_plain(chunk) in chunks if chunk and chunks else None for chunk in golden["chunk_text"]],
+        chunks=[comparable(chunk) in chunks if chunk and chunks else None for chunk in golden["chunk_text"]],
         told_by=f"By content, against the {len(trained):,} rows of {training.file.path}.",
     )
 
 
 def _by_marks(golden: Dataset, reason: str) -> Overlap:
     marks = list(golden["seen_chunk"])
-    told = (
-        "the golden rows' own seen_chunk marks stand"
+    how = (
+        "the golden rows' own seen_chunk marks are used"
         if any(mark is not None for mark in marks)
-        else "nor do the golden rows say"
+        else "the golden rows do not say either"
     )
-    return Overlap([None] * len(marks), marks, f"Cannot be told by content: {reason}; {told}.")
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
+    return Overlap([None] * len(marks), marks, f"Not known from content: {reason}; {how}.")

@@ -1,20 +1,24 @@
-"""Standard tasks of lm-evaluation-harness on base and adapter: what fine-tuning has made the model forget."""
+"""Standard tasks of lm-evaluation-harness on base and adapter: what fine-tuning made the model forget."""
 
+import functools
+import importlib.util
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from intern.errors import UserError
-from intern.inference.answer import Intern
 
-_DRAWS = 1000  # of the bootstrap, for metrics that have no formula for their standard error
+if TYPE_CHECKING:
+    from intern.inference.answer import Intern
+
+_DRAWS = 1000  # of the bootstrap, for metrics without a formula for their standard error
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One metric of one task: its value for base and adapter, each with its standard error where the harness knows one."""
+    """One metric of one task: the values of base and adapter, each with its standard error if the harness computes one."""
 
     task: str
     metric: str
@@ -25,36 +29,67 @@ class TaskScore:
     adapter_error: float | None
 
 
-def score_tasks(
-    intern: Intern, tasks: list[str], limit: int | None, include_path: str | None, batch_size: int, seed: int
-) -> list[TaskScore]:
-    """Runs the tasks twice, without and with the adapter, as the harness defines them: without this project's prompt.
+def check_tasks(harness: dict[str, Any]) -> None:
+    """Check conf/evaluate.yaml's harness group before any model loads.
 
     Args:
-        limit: rows of each task, None for all.
-        include_path: a folder of task files beside the harness's own.
+        harness: its keys tasks, limit and include_path.
 
     Raises:
-        UserError: the harness is not installed, a task does not exist, or its data cannot be had.
+        UserError: a value of the wrong type, a task that does not exist, or the harness is not installed.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError("harness.tasks needs lm-evaluation-harness: pip install 'intern[harness]'") from error
+    tasks, limit = harness["tasks"], harness["limit"]
+    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+        example = tasks if isinstance(tasks, str) else "hellaswag,arc_easy"
+        raise UserError(f"harness.tasks={tasks}: must be a list: harness.tasks=[{example}]")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise UserError(f"harness.limit={limit}: must be a whole number of at least 1, or null for all rows")
+    if tasks:
+        _find_tasks(tuple(tasks), harness["include_path"])
+
+
+@functools.lru_cache(maxsize=1)
+def _find_tasks(tasks: tuple[str, ...], include_path: str | None) -> Any:
+    """Return the harness's TaskManager, once all tasks are known to exist."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("harness.tasks needs lm-evaluation-harness: pip install 'intern[harness]'")
+    from lm_eval.tasks import TaskManager
+
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"harness.include_path={include_path}: no such folder")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is loaded already
-    # The harness's own tasks are thousands of files: they are read only where one of them is meant.
+    # The harness's own tasks are thousands of files: they are read only if one of them is named.
     manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else TaskManager()
     if include_path and not all(manager.match_tasks([task]) for task in tasks):
         manager = TaskManager(include_path=include_path)
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise UserError(f"harness.tasks: the harness has no {', '.join(unknown)}: `lm-eval ls tasks` lists its own")
+        raise UserError(f"harness.tasks: the harness has no {', '.join(unknown)}: `lm-eval ls tasks` lists its tasks")
+    return manager
+
+
+def score_tasks(
+    intern: "Intern", tasks: list[str], limit: int | None, include_path: str | None, batch_size: int, seed: int
+) -> list[TaskScore]:
+    """Run the tasks without and with the adapter, as the harness defines them: without this project's prompt.
+
+    Args:
+        intern: the loaded run.
+        tasks: names of tasks.
+        limit: rows of each task, None for all.
+        include_path: a folder of the user's own task files.
+        batch_size: rows scored at once.
+        seed: of few-shot examples and the bootstrap.
+
+    Raises:
+        UserError: the harness is not installed, a task does not exist, or its data cannot be loaded.
+    """
+    manager = _find_tasks(tuple(tasks), include_path)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every model that is loaded already
 
     def run() -> dict[str, Any]:
-        # The type of its parameter leaves out PEFT's models, which it takes.
+        # PEFT's models work but are missing from the parameter's type.
         model: Any = HFLM(pretrained=intern.model, tokenizer=intern.tokenizer, batch_size=batch_size)
         try:
             found = simple_evaluate(
@@ -70,7 +105,7 @@ def score_tasks(
             )
         except (OSError, ValueError) as error:
             raise UserError(f"harness.tasks={','.join(tasks)}: {' '.join(str(error).split())[:300]}") from error
-        assert found is not None  # only other processes than the first get nothing
+        assert found is not None  # None only in processes other than the first
         return found
 
     with intern.model.disable_adapter():

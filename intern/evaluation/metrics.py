@@ -1,125 +1,192 @@
-"""Scores of an answer against its reference, and how each score is read."""
+"""Metrics: how an answer is scored against its reference, how scores of rows are aggregated, and where each metric is shown.
 
-import functools
-import re
-import string
-import unicodedata
-from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+A new metric is one entry in METRICS. Evaluations, reports, comparisons of runs and evaluations during training read everything from it.
+"""
 
-import regex
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
 
-from intern.display.table import Column
-
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-# Scripts that put no blanks between words: each of their characters counts as a word.
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_UNSPACED_CHARACTER = regex.compile(rf"([{_UNSPACED}])")
-_WIDE_PUNCTUATION = regex.compile(r"[\u3001-\u3020\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]")
-_WORD = regex.compile(rf"(?V1)[{_UNSPACED}]|[[\p{{L}}\p{{N}}\p{{M}}]--[{_UNSPACED}]]+")
+from intern.evaluation.text_scores import exact_match, numbers_right, rouge_l, token_f1
 
 
-SCORES = {
-    "loss": Column("loss (nats a token)", False, ".2f"),
-    "perplexity": Column("perplexity", False, ".1f"),
-    "exact_match": Column("exact match", True, ".1%"),
-    "token_f1": Column("token F1", True, ".3f"),
-    "rouge_l": Column("ROUGE-L", True, ".3f"),
-    "figures_right": Column("figures right", True, ".1%"),
-    "judged": Column("right, as judged by a model", True, ".1%"),
-    "refused_rightly": Column("refused where the material does not say", True, ".1%"),
-    "refused_wrongly": Column("refused where it does say", False, ".1%"),
-    "stopped": Column("ended by itself", True, ".1%"),
-    "answer_tokens": Column("length of the answer (tokens)", None, ".1f"),
+@dataclass(frozen=True)
+class Answer:
+    """One model's answer to one golden row, with everything that a metric may need."""
+
+    text: str
+    reference: str
+    question: str = ""
+    context: str | None = None  # the row's chunk_text, even if the model was not shown it
+    unanswerable: bool = False  # the reference says that the context does not have the answer
+    refused: bool = False  # the answer says so
+    ended: bool = True  # with an end of turn; False: cut off at max_new_tokens
+    tokens: int = 0
+    loss: float | None = None  # nats, summed over the reference's tokens; None: the row does not fit into the model
+    loss_tokens: int = 0
+    judged: float | None = None  # verdict of the judging model, 0 to 1
+
+
+class Place(Enum):
+    """Where a metric is shown besides the reports' full tables."""
+
+    CARD = auto()  # at the top of the page
+    PLOT = auto()  # a panel of scores.png
+    TOPICS = auto()  # columns of the table by topic
+    TERMINAL = auto()  # printed by python -m intern.evaluate
+    COMPARE = auto()  # a column of python -m intern.compare
+    TRAINING = auto()  # offered to evaluations during training: needs nothing but the answer and its reference
+
+
+class Change(Enum):
+    """How the terminal shows the change from the first model to the second."""
+
+    NONE = auto()
+    PERCENT = auto()
+    TIMES = auto()
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    A score of several rows is the sum of `score` divided by the sum of `weight`: a mean, unless a weight is given. A row counts only if
+    both models have a score for it.
+    """
+
+    label: str
+    higher_is_better: bool | None  # None: neither
+    format: str
+    score: Callable[[Answer], float | None]  # None: the row does not count
+    weight: Callable[[Answer], float] = lambda answer: 1.0
+    share: bool = False  # each row scores from 0 to 1
+    exponential: bool = False  # e to the power of the mean
+    per_token: bool = False  # cannot be compared if the two tokenizers split the references differently
+    short: str = ""  # label in tables with little room; the label if empty
+    places: frozenset[Place] = frozenset()
+    change: Change = Change.NONE
+    needs: str = ""  # arguments that python -m intern.evaluate needs to compute it
+    training_name: str = ""  # name in evaluations during training, without "eval_"; the metric's own if empty
+    former_name: str = ""  # in metrics.json of runs that were evaluated before it was renamed
+
+    @property
+    def short_label(self) -> str:
+        return self.short or self.label
+
+
+def metrics_at(place: Place) -> dict[str, Metric]:
+    """Return the metrics that are shown at a place, by name, in the order of METRICS."""
+    return {name: metric for name, metric in METRICS.items() if place in metric.places}
+
+
+def training_metrics() -> dict[str, str]:
+    """Return what trainer.metric_for_best_model may name besides the loss: the key in a log entry -> the metric's name."""
+    return {f"eval_{metric.training_name or name}": name for name, metric in metrics_at(Place.TRAINING).items()}
+
+
+def mean_score(name: str, answers: Iterable[Answer]) -> float:
+    """Return the score of some answers in one metric.
+
+    Args:
+        name: a key of METRICS.
+        answers: at least one that the metric can score.
+    """
+    metric = METRICS[name]
+    known = [(score, metric.weight(answer)) for answer in answers if (score := metric.score(answer)) is not None]
+    return sum(score for score, _ in known) / sum(weight for _, weight in known)
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric(
+        "loss (nats per token)",
+        False,
+        ".2f",
+        lambda answer: answer.loss,
+        weight=lambda answer: answer.loss_tokens,
+        per_token=True,
+        short="loss",
+        places=frozenset({Place.CARD, Place.PLOT, Place.TOPICS, Place.TERMINAL}),
+        change=Change.PERCENT,
+    ),
+    "perplexity": Metric(
+        "perplexity",
+        False,
+        ".1f",
+        lambda answer: answer.loss,
+        weight=lambda answer: answer.loss_tokens,
+        per_token=True,
+        exponential=True,
+    ),
+    "exact_match": Metric(
+        "exact match",
+        True,
+        ".1%",
+        lambda answer: exact_match(answer.text, answer.reference),
+        share=True,
+        places=frozenset({Place.TRAINING}),
+    ),
+    "token_f1": Metric(
+        "token F1",
+        True,
+        ".3f",
+        lambda answer: token_f1(answer.text, answer.reference),
+        share=True,
+        places=frozenset(Place),
+        change=Change.TIMES,
+        training_name="f1",
+    ),
+    "rouge_l": Metric(
+        "ROUGE-L",
+        True,
+        ".3f",
+        lambda answer: rouge_l(answer.text, answer.reference),
+        share=True,
+        places=frozenset({Place.PLOT, Place.COMPARE, Place.TRAINING}),
+    ),
+    "numbers_right": Metric(
+        "numbers right",
+        True,
+        ".1%",
+        lambda answer: numbers_right(answer.text, answer.reference, answer.question, answer.context),
+        share=True,
+        places=frozenset({Place.CARD, Place.PLOT, Place.TOPICS, Place.COMPARE}),
+        former_name="figures_right",
+    ),
+    "judged": Metric(
+        "right, as judged by a model",
+        True,
+        ".1%",
+        lambda answer: answer.judged,
+        share=True,
+        short="judged right",
+        places=frozenset({Place.COMPARE}),
+        needs="judge.url=... judge.model=...",
+    ),
+    "refused_rightly": Metric(
+        "refused when the context does not say",
+        True,
+        ".1%",
+        lambda answer: float(answer.refused) if answer.unanswerable else None,
+        share=True,
+        places=frozenset({Place.CARD}),
+    ),
+    "refused_wrongly": Metric(
+        "refused when it does say",
+        False,
+        ".1%",
+        lambda answer: None if answer.unanswerable else float(answer.refused),
+        share=True,
+        places=frozenset({Place.CARD}),
+    ),
+    "stopped": Metric(
+        "ended by itself",
+        True,
+        ".1%",
+        lambda answer: float(answer.ended),
+        share=True,
+        short="ended",
+        places=frozenset({Place.TERMINAL}),
+    ),
+    "answer_tokens": Metric("length of the answer (tokens)", None, ".1f", lambda answer: float(answer.tokens)),
 }
-
-_FIGURE = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?")
-
-
-def normalized(text: str) -> list[str]:
-    """The words of a text as SQuAD's evaluation compares them: lower case, without punctuation and English articles.
-
-    Characters of scripts without blanks (Chinese, Japanese, Thai, ...) are words of their own, as in MLQA's evaluation
-    (Lewis et al. 2020, arXiv:1910.07475).
-    """
-    plain = _WIDE_PUNCTUATION.sub(" ", text.lower().translate(_PUNCTUATION))
-    return _ARTICLES.sub(" ", _UNSPACED_CHARACTER.sub(r" \1 ", plain)).split()
-
-
-def exact_match(answer: str, reference: str) -> float:
-    """Whether the same words stand in the same order (SQuAD's exact match, Rajpurkar et al. 2016, arXiv:1606.05250)."""
-    return float(normalized(answer) == normalized(reference))
-
-
-def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of the shares of common words (SQuAD's F1, Rajpurkar et al. 2016, arXiv:1606.05250)."""
-    ours, theirs = normalized(answer), normalized(reference)
-    if not ours or not theirs:
-        return float(ours == theirs)
-    common = sum((Counter(ours) & Counter(theirs)).values())
-    return 2 * common / (len(ours) + len(theirs))
-
-
-class _Words:
-    """rouge-score's own tokenizer keeps a-z and 0-9 alone, so that every other script scores 0."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return _WORD.findall(unicodedata.normalize("NFC", text).lower())
-
-
-@functools.cache
-def _rouge() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # a second of imports, which training has no use for
-
-    return RougeScorer(["rougeL"], tokenizer=_Words())
-
-
-def rouge_l(answer: str, reference: str) -> float:
-    """F-measure of the longest common subsequence of words (ROUGE-L, Lin 2004), without stemming, in any script."""
-    return float(_rouge().score(reference, answer)["rougeL"].fmeasure)
-
-
-def figures(text: str) -> set[str]:
-    """The numbers of a text as they are written in digits, brought to one form: "$43,978.50M in 2024" -> {"43978.5", "2024"}.
-
-    Commas between groups of three digits and zeros at the end of decimals go; digits of every script count as 0 to 9. Signs, units and
-    scales (%, billion) are not read, and numbers in words are not numbers: "$1.1 billion" and "$1,100 million" differ.
-    """
-    plain = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
-    return {_one_form(match) for match in _FIGURE.findall(plain)}
-
-
-def _one_form(figure: str) -> str:
-    whole, _, decimals = figure.replace(",", "").partition(".")
-    decimals = decimals.rstrip("0")
-    return (whole.lstrip("0") or "0") + (f".{decimals}" if decimals else "")
-
-
-def missing_figures(answer: str, reference: str) -> set[str]:
-    """Numbers of the reference that the answer does not have."""
-    return figures(reference) - figures(answer)
-
-
-def invented_figures(answer: str, sources: Iterable[str]) -> set[str]:
-    """Numbers of the answer that stand in none of the sources (reference, chunk, question)."""
-    return figures(answer).difference(*(figures(source) for source in sources))
-
-
-def figures_right(answer: str, reference: str, question: str, chunk: str | None) -> float | None:
-    """1 where every number of the reference stands in the answer and the answer has no number of its own, else 0.
-
-    A number is the answer's own where it stands neither in the reference nor in the chunk nor in the question (an answer may repeat the
-    year that it was asked about). Where the row has no chunk, reference and question alone count. Numbers are compared as `figures`
-    reads them, wherever they stand in the text: that the right number is said of the wrong thing does not show.
-
-    Returns:
-        None where the reference has no number: such a row has no figure to get right and is left out of the mean.
-    """
-    if not figures(reference):
-        return None
-    return float(
-        not missing_figures(answer, reference)
-        and not invented_figures(answer, [reference, question, *([chunk] if chunk else [])])
-    )
+MAIN_METRIC = "token_f1"  # orders the best and worst rows of a report

@@ -1,4 +1,4 @@
-"""A loaded run and golden rows -> predictions.jsonl, appended batch by batch: a second start with the same inputs goes on there."""
+"""A loaded run and golden rows -> predictions.jsonl, appended batch by batch, so that a second start with the same inputs resumes."""
 
 import contextlib
 import json
@@ -24,30 +24,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one model made of one golden row."""
+    """One model's answer to one golden row, and its loss on the reference."""
 
     model: str
     row: int  # the line of the golden file
     answer: str
-    ended: bool  # by itself; False: cut off at max_new_tokens
-    tokens: int  # of the answer, without its end of turn
+    ended: bool  # with an end of turn; False: cut off at max_new_tokens
+    tokens: int  # of the answer, without the end of turn
     loss: float | None  # nats, summed over the reference's tokens; None: the row does not fit into the trained length
     loss_tokens: int
-    seconds: float  # the row's share of the time that its batch took to answer
+    seconds: float  # the batch's answering time divided by its rows
 
 
 _CHECKED = TypeAdapter(Prediction)
 
 
 class Predictions:
-    """The predictions of one evaluation on disk, with the inputs that they were made from."""
+    """The predictions of one evaluation, stored with the inputs that they were made from."""
 
     def __init__(self, folder: Path, inputs: dict[str, Any]) -> None:
-        """Takes over what an earlier start with the same inputs has left in `folder`; anything else there starts anew.
+        """Load the predictions of an earlier start with the same inputs; delete those made from other inputs.
 
         Args:
-            folder: holds inputs.json and predictions.jsonl.
-            inputs: everything that decides an answer, as JSON knows it.
+            folder: the folder of inputs.json and predictions.jsonl.
+            inputs: everything that decides an answer, in types that JSON has.
         """
         self.path = folder / "predictions.jsonl"
         self._known: dict[tuple[str, int], Prediction] = {}
@@ -55,29 +55,31 @@ class Predictions:
         before = None
         with contextlib.suppress(OSError, ValueError):
             before = json.loads(stored.read_text(encoding="utf-8"))
-        (folder / "metrics.json").unlink(missing_ok=True)  # whoever reads it may rely on what lies beside it
+        (folder / "metrics.json").unlink(
+            missing_ok=True
+        )  # a metrics.json promises that the predictions next to it are complete
         if before == inputs:
             self._known = {(one.model, one.row): one for one in _read(self.path)}
         else:
             if self.path.exists():
-                log.warning("%s: made from other inputs, starting anew", self.path)
+                log.warning("%s: made from other inputs, starting again", self.path)
             self.path.unlink(missing_ok=True)
             stored.write_text(json.dumps(inputs, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         self._write(self._known.values())
 
     def of(self, model: str, rows: Sequence[int]) -> list[Prediction] | None:
-        """One model's predictions for these rows, in their order; None where one is missing."""
+        """Return one model's predictions for these rows, in their order; None if one is missing."""
         found = [self._known.get((model, row)) for row in rows]
         return [one for one in found if one is not None] if None not in found else None
 
     def add(self, batch: Sequence[Prediction]) -> None:
-        """Appends a whole batch: what a kill cuts short is made again as the same batch, so the numbers stay the same."""
+        """Append a whole batch. A batch that a kill cuts short is answered again as the same batch, so the scores stay the same."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(_line(one) for one in batch))
         self._known |= {(one.model, one.row): one for one in batch}
 
     def put_in_order(self, models: Sequence[str]) -> None:
-        """Rewrites the file in the order of the golden file, one model after the other."""
+        """Rewrite the file in the order of the golden file, one model after the other."""
         self._write(sorted(self._known.values(), key=lambda one: (one.row, models.index(one.model))))
 
     def _write(self, predictions: Iterable[Prediction]) -> None:
@@ -91,7 +93,7 @@ def _line(prediction: Prediction) -> str:
 
 
 def _read(path: Path) -> list[Prediction]:
-    """The whole lines of the file; one that a kill cut short is left out."""
+    """Return the complete lines of the file; one that a kill cut short is left out."""
     found = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -101,15 +103,24 @@ def _read(path: Path) -> list[Prediction]:
 
 
 def predict(
-    intern: "Intern", name: str, golden: "Dataset", with_material: bool, batch_size: int, seed: int, done: Predictions
+    intern: "Intern", name: str, golden: "Dataset", with_context: bool, batch_size: int, seed: int, done: Predictions
 ) -> None:
-    """Scores and answers every golden row with the model as it is now; what `done` has already is not made again.
+    """Score and answer every golden row with the model in its present state; skip what `done` has already.
 
-    Rows of one length go together, the longest first: little padding, and memory that runs out does so at once.
+    Rows of similar length share a batch, which saves padding; the longest come first, so if memory does not suffice, it fails at once.
+
+    Args:
+        intern: the loaded run; its adapter may be disabled.
+        name: stored as the predictions' model.
+        golden: rows with question, answer, chunk_text and row.
+        with_context: show chunk_text before each question.
+        batch_size: rows answered at once.
+        seed: of sampling; batch n is answered with seed + n.
+        done: where predictions are stored.
 
     Raises:
         UserError: a question is too long for the model.
-        RunError: a loss that is no number.
+        RunError: a loss that is NaN or infinite.
     """
     import torch
     from rich.console import Console
@@ -120,7 +131,7 @@ def predict(
     from intern.inference.losses import answer_losses
 
     questions, references, numbers = (list(golden[column]) for column in ("question", "answer", "row"))
-    shown = list(golden["chunk_text"]) if with_material else [None] * len(golden)
+    shown = list(golden["chunk_text"]) if with_context else [None] * len(golden)
     histories, systems = [turns(history) for history in golden["history"]], list(golden["system"])
     encoded = intern.prompt.encode(
         intern.tokenizer,
@@ -152,7 +163,7 @@ def predict(
                 raise RunError(
                     f"{name}: the loss on golden row {numbers[index]} is {loss}: train again with a lower trainer.learning_rate"
                 )
-        torch.manual_seed(seed + number)  # sampled answers repeat too, wherever an interruption came
+        torch.manual_seed(seed + number)  # so sampled answers are the same after an interruption
         start = time.perf_counter()
         replies = list(
             generate_ids(

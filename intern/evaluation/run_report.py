@@ -1,16 +1,18 @@
-"""Compared runs -> their table, compare.csv, compare.md and the plots."""
+"""Compared runs -> the table for terminal and Markdown, and what has to be said about it."""
 
-import csv
+import os
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from intern.display.plot import labels, plot_curves, plot_points
-from intern.display.table import markdown
+from intern.display.table import least_width, natural_width
 from intern.evaluation.bootstrap import FEW, FEW_MARK
-from intern.evaluation.run_table import EVALUATED, FIGURES, FinishedRun, Runs, shown_keys
+from intern.evaluation.metrics import METRICS, Place, metrics_at
+from intern.evaluation.run_reader import FinishedRun, columns
+from intern.evaluation.run_table import Runs, shown_keys
 
-_BEST = "★"
+STAR = "★"
 _IN_TERMINAL = (
     "trainable_parameters",
     "train_loss",
@@ -21,70 +23,135 @@ _IN_TERMINAL = (
     "train_seconds",
 )
 _LEAST_TELLING = ("trainable_parameters", "train_loss", "train_seconds", "tokens_per_second", "peak_memory_gib")
-_MOST_KEYS = 4  # config columns in the terminal, beside rank and rate
-_MOST_CURVES = 12
+_MOST_KEYS = 4  # config columns in the terminal besides rank and learning rate
 _MOST_NAMED = 5  # runs in a note
-_WIDEST = 40  # characters of a config value in the terminal
+_LONGEST = 60  # characters of a config value; longer ones, such as prompts, are in compare.csv only
+_LEAST_PREFIX = 8  # characters that are worth leaving out
+_INTERVAL = re.compile(r"(\[\S+,) (?=\S+\])")
+GROUP = "on"
 
 
 def table(runs: Runs, chosen: Sequence[FinishedRun], brief: bool) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows; `brief` leaves out what would not fit a terminal."""
-    keys = shown_keys(runs)
-    keys = keys[: len(keys) - len(runs.differing) + _MOST_KEYS] if brief else keys
-    names = [
-        name
-        for name in FIGURES
-        if (not brief or name in (*_IN_TERMINAL, runs.best_by)) and any(name in one.figures for one in runs.finished)
+    """Return headings and rows.
+
+    Args:
+        runs: all compared runs.
+        chosen: those that get a row.
+        brief: leave out what does not fit into a terminal.
+    """
+    keys = [key for key in shown_keys(runs) if key not in long_keys(runs)]
+    least = len(keys) - sum(key in runs.differing for key in keys)
+    keys = keys[: least + _MOST_KEYS] if brief else keys
+    shown = {
+        name: column
+        for name, column in columns().items()
+        if (not brief or name in (*_IN_TERMINAL, runs.best_by)) and any(name in one.values for one in runs.finished)
+    }
+    if any("eval_loss" in one.values for one in runs.finished) and brief:
+        shown.pop("score", None)  # the same number again
+    grouped = len(runs.ranked) > 1
+    cells = [_without_shared_folder([one.config.get(key, "") for one in chosen]) for key in keys]
+    rows = [
+        [
+            f"{STAR} {one.name}" if runs.is_best(one) else one.name,
+            *([runs.mark(one)] if grouped else []),
+            *(column[index] for column in cells),
+            *(_value(one, name) for name in shown),
+            *([] if brief else [one.gpu or "CPU"]),
+        ]
+        for index, one in enumerate(chosen)
     ]
-    if any("eval_loss" in one.figures for one in runs.finished) and brief:
-        names = [name for name in names if name != "score"]  # the same number once more
-    rows = []
-    for one in chosen:
-        mark = f"{_BEST} " if one is runs.best else ""
-        values = [one.config.get(key, "") for key in keys]
-        rows.append(
-            [
-                f"{mark}{one.name}",
-                *(value if not brief or len(value) <= _WIDEST else f"{value[: _WIDEST - 1]}…" for value in values),
-                *(_figure(one, name) for name in names),
-                *([] if brief else [one.gpu or "CPU"]),
-            ]
-        )
-    # The last part of a key says what it is, unless two keys end alike.
+    # The last part of a key is enough, unless two keys have the same one.
     last = [key.rsplit(".", 1)[-1] for key in keys]
     headings = [short if last.count(short) == 1 and brief else key for short, key in zip(last, keys, strict=True)]
-    return ["run", *headings, *(FIGURES[name].label for name in names), *([] if brief else ["machine"])], rows
+    labels = [column.label for column in shown.values()]
+    return ["run", *([GROUP] if grouped else []), *headings, *labels, *([] if brief else ["machine"])], rows
 
 
-def narrowed(columns: list[str], rows: list[list[str]], width: int) -> tuple[list[str], list[list[str]]]:
-    """The table without the least telling columns, so that it fits `width` characters."""
-    dropped = [FIGURES[name].label for name in _LEAST_TELLING]
-    for label in dropped:
-        widest = [max(len(row[index]) for row in (columns, *rows)) for index in range(len(columns))]
-        if sum(widest) + 3 * len(columns) + 1 <= width:
+def narrowed(
+    headings: list[str], rows: list[list[str]], width: int, keep: Sequence[str] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Return the table without the least telling columns, so that its wrapped cells fit a terminal.
+
+    Args:
+        headings, rows: of `table`.
+        width: characters of the terminal.
+        keep: headings that are never left out; the first column never is either.
+    """
+    if natural_width(headings, rows) <= width:
+        return headings, rows
+    rows = [[_INTERVAL.sub(r"\1", cell) for cell in row] for row in rows]  # an interval is not broken in two
+    for heading in _order_of_leaving(headings):
+        if least_width(headings, rows) <= width:
             break
-        if label in columns:
-            gone = columns.index(label)
-            columns, *rows = ([cell for index, cell in enumerate(row) if index != gone] for row in (columns, *rows))
-    return columns, rows
+        if heading in headings[1:] and heading not in keep:
+            gone = headings.index(heading, 1)
+            headings, *rows = ([cell for index, cell in enumerate(row) if index != gone] for row in (headings, *rows))
+    return headings, rows
 
 
-def _figure(one: FinishedRun, name: str) -> str:
-    if name not in one.figures:
+def without_shared_prefix(names: list[str]) -> tuple[str, list[str]]:
+    """Return what all names begin with, up to a separator, and the names with an ellipsis in its place.
+
+    Args:
+        names: of runs; left as they are if there is only one, or if little would be saved.
+    """
+    shared = re.sub(r"[^/_=,. -]*$", "", os.path.commonprefix(names))  # noqa: RUF071  # by character is meant
+    if len(names) < 2 or len(shared) < _LEAST_PREFIX:
+        return "", names
+    return shared, [f"…{name[len(shared) :]}" for name in names]
+
+
+def _order_of_leaving(headings: list[str]) -> list[str]:
+    values = [column.label for column in columns().values()]
+    least_telling = [columns()[name].label for name in _LEAST_TELLING]
+    keys = [heading for heading in headings if heading not in values and heading != GROUP]
+    rest = [label for label in values if label not in least_telling]
+    return [*least_telling, *reversed(keys[1:]), *reversed(rest)]
+
+
+def long_keys(runs: Runs) -> list[str]:
+    """Return the config keys that differ but whose values are too long for a table."""
+    return [key for key in runs.differing if any(len(one.config.get(key, "")) > _LONGEST for one in runs.finished)]
+
+
+def _without_shared_folder(values: list[str]) -> list[str]:
+    """Return paths below the folder that all of them share; other values as they are."""
+    paths = [Path(value) for value in values]
+    if len(set(values)) < 2 or not all(path.is_absolute() for path in paths):
+        return values
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [str(path.relative_to(shared)) for path in paths]
+
+
+def _value(one: FinishedRun, name: str) -> str:
+    if name not in one.values:
         return ""
-    form = FIGURES[name].form
+    form = columns()[name].form
     low, high = one.bounds.get(name, (None, None))
     bounds = f" [{low:{form}}, {high:{form}}]" if low is not None and high is not None else ""
-    return f"{one.figures[name]:{form}}{bounds}{f' {FEW_MARK}' if name in one.few else ''}"
+    return f"{one.values[name]:{form}}{bounds}{f' {FEW_MARK}' if name in one.few else ''}"
 
 
 def others(runs: Runs, most: int | None = None) -> tuple[list[str], list[list[str]]]:
-    """The runs that cannot be compared, as a table."""
-    return ["run", "why", "overrides"], [[one.name, one.reason, one.overrides] for one in runs.others[:most]]
+    """Return the runs that cannot be compared as headings and rows; overrides that all of them share are left out.
+
+    Args:
+        runs: all runs.
+        most: rows at most, None for all.
+    """
+    shared = set.intersection(*(set(one.arguments) for one in runs.others)) if len(runs.others) > 1 else set()
+    rows = [
+        [one.name, one.reason, " ".join(argument for argument in one.arguments if argument not in shared)]
+        for one in runs.others[:most]
+    ]
+    return (
+        (["run", "why", "overrides"], rows) if any(row[2] for row in rows) else (["run", "why"], [r[:2] for r in rows])
+    )
 
 
 def notes(runs: Runs) -> list[str]:
-    """What makes figures unreliable, or incomparable in one column."""
+    """Return what makes values unreliable, or incomparable within a column."""
     found = []
     if any(one.few for one in runs.finished):
         found.append(f"{FEW_MARK} fewer than {FEW} rows: too few to rely on.")
@@ -95,112 +162,67 @@ def notes(runs: Runs) -> list[str]:
         found.append("Eval losses were measured on different golden files: they cannot be compared across these.")
     if len({one.evaluated_data for one in runs.finished if one.evaluated_data}) > 1:
         found.append(
-            f"The evaluations {runs.evaluation!r} were made on different golden files: their scores cannot be compared across these."
+            f"The evaluations {runs.evaluation!r} were made on different golden files: their metrics cannot be compared across these."
         )
-    if len({"eval_loss" in one.figures for one in runs.finished}) > 1:
-        found.append("Some runs have no eval loss: their score is the train loss, which is another thing.")
+    if len({"eval_loss" in one.values for one in runs.finished}) > 1:
+        found.append("Some runs have no eval loss: their score is the train loss, which is not comparable with it.")
     if len({one.gpu for one in runs.finished}) > 1:
-        found.append("The runs were made on different machines: tokens/s, memory and time say as much about these.")
+        found.append("The runs were made on different machines: tokens/s, memory and time depend on these.")
+    if keys := long_keys(runs):
+        found.append(f"Too long for a table, see compare.csv: {', '.join(keys)}.")
     return found
 
 
 def advice(runs: Runs, paths: list[str], everything: bool) -> list[str]:
-    """The best run and the shortest way to name it for the other commands."""
-    if runs.best is None:
+    """Return the best run of each group, the shortest way to name it for other commands, and how to get a missing value.
+
+    Args:
+        runs: all compared runs.
+        paths: the folders they were looked for in.
+        everything: whether these are all folders in which Hydra puts runs.
+    """
+    if not runs.finished:
         return ["No run is finished."]
-    by_score = runs.best_by == "score"
-    name = str(runs.best.run.path)
-    if by_score and everything:
-        name = "best"
-    elif by_score and len(paths) == 1 and Path(paths[0]).expanduser().is_dir():
-        name = paths[0]
-    return [
-        f"{_BEST} best by {_quality(runs)} {_figure(runs.best, runs.best_by)}: {runs.best.run.path}",
-        f"use it: python -m intern.query {shlex.quote(f'run_dir={name}')} question='...'",
-    ]
-
-
-def _quality(runs: Runs) -> str:
-    """What "best" is judged by, in words."""
-    if runs.best_by == "score" and all("eval_loss" in one.figures for one in runs.finished):
-        return FIGURES["eval_loss"].label
-    return FIGURES[runs.best_by].label
-
-
-def write_overview(runs: Runs, folder: Path, said: list[str], sort_by: str) -> None:
-    """compare.csv, compare.md and the plots."""
-    keys = shown_keys(runs)
-    with (folder / "compare.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        bounds = [f"{name}_{end}" for name in EVALUATED for end in ("low", "high")]
-        writer.writerow(["run", "path", "state", "best", *keys, *FIGURES, *bounds, "gpu"])
-        for one in runs.finished:
-            ends = [end for name in EVALUATED for end in one.bounds.get(name, (None, None))]
-            figures = [one.figures.get(name) for name in FIGURES]
-            values = [one.config.get(key) for key in keys]
-            writer.writerow([one.name, one.run.path, "finished", one is runs.best, *values, *figures, *ends, one.gpu])
-        for other in runs.others:
-            writer.writerow([other.name, other.path, other.reason, False])
-    plots = _draw(runs, folder)
-    parts = [f"# {len(runs.finished)} runs by {sort_by}\n", markdown(*table(runs, runs.finished, brief=False))]
-    if runs.evaluation:
-        parts.append(f"Scores with intervals (95 %) are from the runs' `evaluation/{runs.evaluation}`.\n")
-    parts += [f"{line}\n" for line in said]
-    parts += [f"![{plot.stem}]({plot.name})\n" for plot in plots]
-    if runs.others:
-        parts.append("## Not compared\n\n" + markdown(*others(runs), texts=3))
-    (folder / "compare.md").write_text("\n".join(parts), encoding="utf-8")
-
-
-def _draw(runs: Runs, folder: Path) -> list[Path]:
-    """The plots that the runs allow: score against rank, loss curves, quality against memory."""
-
-    def points(x_of: str) -> list[tuple[float, tuple[float, float | None, float | None], bool]]:
-        found = []
-        for one in runs.finished:
-            x = one.figures.get(x_of) if x_of in FIGURES else _as_number(one.config.get(x_of))
-            y = one.figures.get(runs.best_by)
-            if x is not None and y is not None:
-                found.append((x, (y, *one.bounds.get(runs.best_by, (None, None))), one is runs.best))
-        return found
-
-    way = "higher" if FIGURES[runs.best_by].higher_is_better else "lower"
-    label = f"{_quality(runs)} ({way} is better)"
-    plots = {name: folder / f"{name}.png" for name in ("score_by_rank", "loss_curves", "quality_by_memory")}
-    for plot in plots.values():
-        plot.unlink(missing_ok=True)  # of an earlier start
-    by_rank = [point for point in points("lora.r") if point[0] > 0]
-    if len({x for x, *_ in by_rank}) > 1:
-        plot_points(by_rank, "rank (lora.r)", label, plots["score_by_rank"], doubling=True)
-    by_memory = points("peak_memory_gib")
-    if len({x for x, *_ in by_memory}) > 1:
-        plot_points(by_memory, "peak memory (GiB)", label, plots["quality_by_memory"])
-    drawn = list(dict.fromkeys([*([runs.best] if runs.best else []), *runs.finished]))[:_MOST_CURVES]
-    curves: dict[str, list[tuple[float, float]]] = {}
-    best_label = None
-    for one, name in zip(drawn, labels([_curve_name(runs, one) for one in drawn], 60), strict=True):
-        curve = [
-            (float(entry["optimizer_steps"]), float(entry["loss"]))
-            for entry in one.run.read_history()
-            if isinstance(entry, dict)
-            and isinstance(entry.get("loss"), float)
-            and isinstance(entry.get("optimizer_steps"), int)
+    lines = [_how_to_get(runs, runs.missing)] if runs.missing else []
+    for group in runs.ranked:
+        assert group.best is not None
+        alone = len(runs.ranked) == 1
+        name = str(group.best.run.path)
+        if runs.best_by == "score" and alone and everything:
+            name = "best"
+        elif runs.best_by == "score" and alone and len(paths) == 1 and Path(paths[0]).expanduser().is_dir():
+            name = paths[0]
+        place = "" if alone else f"{group.mark}: {group.name} ({_counted(len(group.runs))}): "
+        value = _value(group.best, runs.best_by)
+        lines += [
+            f"{place}{STAR} best by {quality(runs)} {value}: {group.best.run.path}",
+            f"use it: python -m intern.query {shlex.quote(f'run_dir={name}')} question='...'",
         ]
-        if curve:
-            curves[name] = curve
-            best_label = name if one is runs.best else best_label
-    if curves:
-        plot_curves(curves, best_label, plots["loss_curves"])
-    return [plot for plot in plots.values() if plot.is_file()]
+    return lines
 
 
-def _curve_name(runs: Runs, one: FinishedRun) -> str:
-    varied = [key for key in shown_keys(runs) if len({other.config.get(key) for other in runs.finished}) > 1]
-    return f"{one.name}: " + " ".join(f"{key.rsplit('.', 1)[-1]}={one.config.get(key)}" for key in varied[:3])
+def _how_to_get(runs: Runs, missing: str) -> str:
+    label = columns()[missing].label
+    if missing in metrics_at(Place.COMPARE):
+        run_dir = shlex.quote(f"run_dir={runs.finished[0].run.path}")
+        needs = f" {METRICS[missing].needs}" if METRICS[missing].needs else ""
+        how = f"python -m intern.evaluate {run_dir}{needs} measures it, for each run"
+    elif missing == "eval_loss":
+        how = "train with data.eval_file=... to measure it"
+    else:
+        how = "the runs' metrics.json lack it"
+    return (
+        f"sort_by={missing}: none of the {_counted(len(runs.finished), 'finished ')} has a {label}: {how}. "
+        "Sorted by score instead."
+    )
 
 
-def _as_number(text: str | None) -> float | None:
-    try:
-        return float(text) if text is not None else None
-    except ValueError:
-        return None
+def _counted(count: int, what: str = "") -> str:
+    return f"{count} {what}run{'' if count == 1 else 's'}"
+
+
+def quality(runs: Runs) -> str:
+    """Return in words what the best run is chosen by."""
+    if runs.best_by == "score" and all("eval_loss" in one.values for one in runs.finished):
+        return columns()["eval_loss"].label
+    return columns()[runs.best_by].label

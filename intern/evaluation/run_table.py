@@ -1,84 +1,70 @@
-"""Run directories -> rows of one table, and a reason for each that has none."""
+"""Folders of runs -> all their runs in order, grouped by what their scores were measured on, with the best run of each group."""
 
-import json
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from intern.config.suggestions import unknown
-from intern.display.table import Column
 from intern.errors import UserError
-from intern.evaluation.bootstrap import FEW
-from intern.runs.directory import RUN_ROOTS, Run
+from intern.evaluation.metrics import METRICS, Place, metrics_at
+from intern.evaluation.run_reader import FinishedRun, OtherRun, columns, read_run
+from intern.runs.directory import RUN_ROOTS
 
-# A thousand configurations in a second instead of ten, where PyYAML was built with libyaml.
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _ALWAYS_SHOWN = ("lora.r", "trainer.learning_rate")
-_LOG_END = 65_536  # bytes of train.log in which the last error is looked for
-
-
-FIGURES = {
-    "trainable_parameters": Column("trainable", None, ",.0f"),
-    "train_loss": Column("train loss", False, ".3f"),
-    "eval_loss": Column("eval loss", False, ".3f"),
-    "token_f1": Column("token F1", True, ".3f"),
-    "rouge_l": Column("ROUGE-L", True, ".3f"),
-    "figures_right": Column("figures right", True, ".1%"),
-    "judged": Column("judged right", True, ".1%"),
-    "tokens_per_second": Column("tokens/s", True, ",.0f"),
-    "peak_memory_gib": Column("peak GiB", False, ".2f"),
-    "train_seconds": Column("seconds", False, ",.0f"),
-    "score": Column("score", False, ".3f"),
-}
-EVALUATED = ("token_f1", "rouge_l", "figures_right", "judged")  # figures that intern.evaluate makes
-Bounds = tuple[float | None, float | None]
-
-
-@dataclass(frozen=True, eq=False)  # each is itself: runs may have the same figures
-class FinishedRun:
-    """A run that can be compared."""
-
-    run: Run
-    name: str  # its path below the folder that all runs share
-    config: dict[str, str]  # every key, flat, as text
-    figures: dict[str, float]  # FIGURES that it has
-    bounds: dict[str, Bounds]  # 95 % intervals of EVALUATED
-    few: frozenset[str]  # figures from too few rows to rely on
-    trained_rows: int  # golden rows of the evaluation that the run was trained on
-    gpu: str | None
-    eval_data: str | None  # what eval_loss was measured on, by SHA-256
-    evaluated_data: str | None  # what EVALUATED was measured on
+_FIRST_IF_DIFFERENT = ("lora.lora_alpha", "lora.scale")  # without them, a sweep over ranks cannot be read
+_UNGROUPED = ("trainable_parameters", "tokens_per_second", "peak_memory_gib", "train_seconds")
 
 
 @dataclass(frozen=True)
-class OtherRun:
-    """A run that cannot be compared, and why."""
+class RunGroup:
+    """Runs whose scores were measured on the same rows: only these are ranked against each other."""
 
-    path: Path
-    name: str
-    reason: str
-    overrides: str
+    mark: str  # A, B, ... in the table
+    name: str  # the file whose rows were scored
+    runs: list[FinishedRun]
+    best: FinishedRun | None  # None: no run of the group has the value
 
 
 @dataclass(frozen=True)
 class Runs:
-    """All runs below some folders, the finished ones in order."""
+    """All runs below some folders."""
 
-    finished: list[FinishedRun]
+    finished: list[FinishedRun]  # in the order of the table
     others: list[OtherRun]
-    best: FinishedRun | None
-    best_by: str
-    evaluation: str | None  # the folder that EVALUATED is from
+    groups: list[RunGroup]
+    best_by: str  # the column that the best run is chosen by
+    missing: str | None  # the column that was asked for and that no run has
+    evaluation: str | None  # the folder in RUN/evaluation that metrics are from
     differing: list[str]  # config keys whose values are not the same in all finished runs
+
+    @property
+    def ranked(self) -> list[RunGroup]:
+        """Return the groups that have a best run."""
+        return [group for group in self.groups if group.best is not None]
+
+    @property
+    def best(self) -> FinishedRun | None:
+        """Return the best run, None if several groups have one."""
+        return self.ranked[0].best if len(self.ranked) == 1 else None
+
+    def is_best(self, run: FinishedRun) -> bool:
+        """Return whether the run is the best one of its group."""
+        return any(run is group.best for group in self.groups)
+
+    def mark(self, run: FinishedRun) -> str:
+        """Return the mark of the run's group."""
+        return next(group.mark for group in self.groups if any(one is run for one in group.runs))
 
 
 def given_paths(runs: str | Sequence[str] | None) -> list[str]:
-    """The paths of `runs=a,b`, `runs=[a,b]` or a list; a path with a comma in it stands as it is where it exists."""
+    """Return the paths of `runs=a,b`, `runs=[a,b]` or a list; a path that exists is taken whole even if it has a comma.
+
+    Args:
+        runs: as given; None for the folders in which Hydra puts runs.
+    """
     if runs is None:
         return [name for name in RUN_ROOTS if Path(name).is_dir()]
     if not isinstance(runs, str):
@@ -89,60 +75,94 @@ def given_paths(runs: str | Sequence[str] | None) -> list[str]:
 
 
 def read_runs(paths: Sequence[str], sort_by: str, evaluation: str | None) -> Runs:
-    """Reads every run below `paths`.
+    """Read every run below `paths`.
 
     Args:
         paths: folders or globs.
-        sort_by: a name in FIGURES or a config key such as lora.r.
+        sort_by: a column or a config key such as lora.r.
         evaluation: the folder in RUN/evaluation to read; None for the one that most runs have.
 
     Raises:
-        UserError: a path that does not exist, no run at all, or nothing called `sort_by`.
+        UserError: a path that does not exist, no run at all, no column or key called `sort_by`, or no evaluation of this name.
     """
     folders = list(dict.fromkeys(folder for path in paths for folder in _find(path)))
     if not folders:
         raise UserError(
             f"runs={','.join(paths) or 'null'}: no run there: train one, or give the folder of a run or a sweep"
         )
+    evaluation = _chosen_evaluation(folders, evaluation)
     shared = Path(os.path.commonpath([folder.parent for folder in folders]))
-    evaluation = evaluation or _most_common_evaluation(folders)
-    finished: list[FinishedRun] = []
-    others: list[OtherRun] = []
-    for folder in folders:
-        name = str(folder.relative_to(shared))
-        try:
-            finished.append(_read(Run(folder), name, evaluation))
-        except UserError as error:
-            others.append(OtherRun(folder, name, str(error), _overrides(folder)))
+    read = [read_run(folder, str(folder.relative_to(shared)), evaluation) for folder in folders]
+    finished = [one for one in read if isinstance(one, FinishedRun)]
     keys = sorted({key for one in finished for key in one.config})
-    if finished and sort_by not in FIGURES and sort_by not in keys:
-        raise UserError(f"sort_by={unknown(sort_by, [*FIGURES, *keys])}")
-    judged_by = sort_by if sort_by in FIGURES and FIGURES[sort_by].higher_is_better is not None else "score"
-    best = min(
-        (one for one in finished if judged_by in one.figures), key=lambda one: _place(one, judged_by), default=None
-    )
+    sort_by = _present_name(sort_by)
+    if finished and sort_by not in columns() and sort_by not in keys:
+        raise UserError(f"sort_by={unknown(sort_by, [*columns(), *keys])}")
+    is_ranked = sort_by in columns() and columns()[sort_by].higher_is_better is not None
+    missing = sort_by if is_ranked and not any(sort_by in one.values for one in finished) else None
+    best_by = sort_by if is_ranked and not missing else "score"
+    groups = _groups(finished, best_by)
+    in_groups = [one for group in groups for one in group.runs]
     return Runs(
-        finished=sorted(finished, key=lambda one: _place(one, sort_by)),
-        others=others,
-        best=best,
-        best_by=judged_by,
+        finished=in_groups if is_ranked else sorted(finished, key=lambda one: _place(one, sort_by)),
+        others=[one for one in read if isinstance(one, OtherRun)],
+        groups=groups,
+        best_by=best_by,
+        missing=missing,
         evaluation=evaluation,
-        differing=[
-            key for key in keys if key not in _ALWAYS_SHOWN and len({one.config.get(key) for one in finished}) > 1
-        ],
+        differing=_differing(finished, keys),
     )
 
 
 def shown_keys(runs: Runs) -> list[str]:
-    """The config keys of the table: rank and rate where there are any, then whatever differs."""
+    """Return the config keys of the table: rank and learning rate if there are any, then those that differ."""
     return [key for key in _ALWAYS_SHOWN if any(key in one.config for one in runs.finished)] + runs.differing
 
 
+def _differing(finished: list[FinishedRun], keys: list[str]) -> list[str]:
+    differing = [key for key in keys if len({one.config.get(key) for one in finished}) > 1 and key not in _ALWAYS_SHOWN]
+    return sorted(differing, key=lambda key: key not in _FIRST_IF_DIFFERENT)
+
+
+def _groups(finished: list[FinishedRun], best_by: str) -> list[RunGroup]:
+    """Group the runs by what `best_by` was measured on; the best run comes first in each group, the largest group first."""
+    names: dict[str, str] = {}
+    by_data: dict[str, list[FinishedRun]] = {}
+    for one in finished:
+        name, digest = _measured_on(one, best_by)
+        names.setdefault(digest or name, name)
+        by_data.setdefault(digest or name, []).append(one)
+    groups = []
+    for data, runs in by_data.items():
+        ranked = sorted(runs, key=lambda one: _place(one, best_by))
+        groups.append(RunGroup("", names[data], ranked, ranked[0] if best_by in ranked[0].values else None))
+    groups.sort(key=lambda group: (group.best is None, -len(group.runs), group.name))
+    return [replace(group, mark=_mark(number)) for number, group in enumerate(groups)]
+
+
+def _measured_on(one: FinishedRun, column: str) -> tuple[str, str | None]:
+    """Return the name and the identity of the rows that a value was measured on."""
+    if column in _UNGROUPED:
+        return "", None
+    if column in metrics_at(Place.COMPARE):
+        return (one.evaluated_file, one.evaluated_data) if column in one.values else ("not evaluated", None)
+    if column == "eval_loss" and "eval_loss" not in one.values:
+        return "without golden rows", None
+    if column in ("score", "eval_loss") and "eval_loss" in one.values:
+        return Path(one.config.get("data.eval_file", "")).name, one.eval_data
+    return f"training rows of {Path(one.config.get('data.train_file', '')).name}", one.train_data
+
+
+def _mark(number: int) -> str:
+    """Return A to Z, then AA, AB, ..."""
+    return (_mark(number // 26 - 1) if number >= 26 else "") + chr(ord("A") + number % 26)
+
+
 def _place(one: FinishedRun, sort_by: str) -> tuple[bool, float, str]:
-    """Sorts the best first, runs without the value last."""
-    if sort_by in FIGURES:
-        value = one.figures.get(sort_by)
-        sign = -1 if FIGURES[sort_by].higher_is_better else 1
+    """Return a key that sorts the best run first and runs without the value last."""
+    if sort_by in columns():
+        value = one.values.get(sort_by)
+        sign = -1 if columns()[sort_by].higher_is_better else 1
         return value is None, sign * (value or 0.0), ""
     text = one.config.get(sort_by)
     try:
@@ -151,8 +171,13 @@ def _place(one: FinishedRun, sort_by: str) -> tuple[bool, float, str]:
         return text is None, 0.0, text or ""
 
 
+def _present_name(column: str) -> str:
+    """Return the present name of a metric that was renamed."""
+    return next((name for name, metric in METRICS.items() if column and column == metric.former_name), column)
+
+
 def _find(path: str) -> Iterator[Path]:
-    """The run directories at or below a path or glob; nothing below a run is looked at."""
+    """Yield the run directories at or below a path or glob; nothing below a run is searched."""
     given = Path(path).expanduser()
     starts = [given] if given.is_dir() else _matches(path)
     starts = [start for start in starts if start.is_dir()]
@@ -172,134 +197,20 @@ def _matches(pattern: str) -> list[Path]:
     return sorted(Path(given.anchor).glob(str(given.relative_to(given.anchor))))
 
 
-def _most_common_evaluation(folders: list[Path]) -> str | None:
-    """Of folders that equally many runs have, the first by name."""
+def _chosen_evaluation(folders: list[Path], wanted: str | None) -> str | None:
+    """Return the evaluation that was asked for, or the one that most runs have: of several, the first by name.
+
+    Raises:
+        UserError: no run has the one that was asked for.
+    """
     names: Counter[str] = Counter()
     for folder in folders:
-        below = folder / "evaluation"
-        if below.is_dir():
-            names.update(one.name for one in sorted(below.iterdir()) if (one / "metrics.json").is_file())
-    return min(names, key=lambda name: (-names[name], name)) if names else None
-
-
-def _read(run: Run, name: str, evaluation: str | None) -> FinishedRun:
-    """Raises UserError, with the reason alone, where the run cannot be compared."""
-    if not run.finished:
-        raise UserError(_why_unfinished(run))
-    config = _config(run)
-    metrics = _object(run.metrics)
-    score = run.score()
-    environment = _object(run.environment) if run.environment.is_file() else {}
-    memory = metrics.get("peak_gpu_gib", metrics.get("peak_host_rss_gib"))
-    values = metrics | {"score": score, "peak_memory_gib": memory}
-    figures = {key: float(values[key]) for key in FIGURES if key not in EVALUATED and _is_number(values.get(key))}
-    if "score" not in figures:
-        raise UserError("metrics.json has no loss that is a number")
-    bounds: dict[str, Bounds] = {}
-    few = {"eval_loss", "score"} if _is_number(metrics.get("eval_rows")) and metrics["eval_rows"] < FEW else set()
-    evaluated_data, trained_rows = None, 0
-    chosen = run.evaluation / evaluation / "metrics.json" if evaluation else None
-    if chosen is not None and chosen.is_file():
-        evaluated = _object(chosen)
-        evaluated_data = str(evaluated.get("file_sha256"))
-        group = _all_rows(evaluated)
-        trained_rows = group["trained_rows"] if isinstance(group.get("trained_rows"), int) else 0
-        for key, (value, interval, rows) in _evaluated(group).items():
-            figures[key], bounds[key] = value, interval
-            few |= {key} if rows < FEW else set()
-    data, gpu = environment.get("data"), environment.get("gpu")
-    return FinishedRun(
-        run=run,
-        name=name,
-        config=config,
-        figures=figures,
-        bounds=bounds,
-        few=frozenset(few),
-        trained_rows=trained_rows,
-        gpu=str(gpu.get("name")) if isinstance(gpu, dict) else None,
-        eval_data=str(data.get(str(config.get("data.eval_file"))))
-        if isinstance(data, dict) and "eval_loss" in figures
-        else None,
-        evaluated_data=evaluated_data,
-    )
-
-
-def _all_rows(evaluated: dict[str, Any]) -> dict[str, Any]:
-    """The group of all golden rows in an evaluation's metrics.json; empty where that is not as intern.evaluate writes it."""
-    groups = evaluated.get("groups")
-    return groups[0] if isinstance(groups, list) and groups and isinstance(groups[0], dict) else {}
-
-
-def _evaluated(group: dict[str, Any]) -> dict[str, tuple[float, Bounds, float]]:
-    """The adapter's scores: value, interval, number of rows; what is not as intern.evaluate writes it is left out."""
-    found: dict[str, tuple[float, Bounds, float]] = {}
-    scores = group.get("scores")
-    for key in EVALUATED:
-        score = scores.get(key) if isinstance(scores, dict) else None
-        after = score.get("after") if isinstance(score, dict) else None
-        if isinstance(score, dict) and isinstance(after, dict) and _is_number(after.get("value")):
-            low, high = (float(after[name]) if _is_number(after.get(name)) else None for name in ("low", "high"))
-            found[key] = float(after["value"]), (low, high), score["rows"] if _is_number(score.get("rows")) else 0
-    return found
-
-
-def _config(run: Run) -> dict[str, str]:
-    try:
-        content = yaml.load(run.config.read_text(encoding="utf-8"), Loader=_LOADER)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"config.yaml cannot be read ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise UserError("config.yaml holds no configuration")
-    return dict(_flat(content, ""))
-
-
-def _flat(node: dict[Any, Any], before: str) -> Iterator[tuple[str, str]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path.name} cannot be read ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path.name} holds no JSON object")
-    return content
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
-def _why_unfinished(run: Run) -> str:
-    """The last error in train.log, or how far training came."""
-    log = run.path / "train.log"
-    if log.is_file():
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _LOG_END))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
-        errors = [number for number, line in enumerate(lines) if "[ERROR] " in line]
-        if errors:
-            said = lines[errors[-1] :]
-            traceback = any(line.startswith("Traceback") for line in said)
-            last = (
-                next((line for line in reversed(said) if line.strip()), "")
-                if traceback
-                else said[0].split("[ERROR] ", 1)[1]
-            )
-            return f"failed: {last.strip()}"
-    steps = [entry["step"] for entry in run.read_history() if isinstance(entry, dict) and "step" in entry]
-    return f"unfinished: no metrics.json, last step {steps[-1]}" if steps else "unfinished: no metrics.json"
-
-
-def _overrides(folder: Path) -> str:
-    """What Hydra was told for this job, where a failed one has not written its configuration."""
-    try:
-        content = yaml.load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"), Loader=_LOADER)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return ""
-    return " ".join(map(str, content)) if isinstance(content, list) else ""
+        with contextlib.suppress(OSError):  # a run without evaluations, or one that cannot be listed
+            below = sorted((folder / "evaluation").iterdir())
+            names.update(one.name for one in below if (one / "metrics.json").is_file())
+    if wanted is None:
+        return min(names, key=lambda name: (-names[name], name)) if names else None
+    if str(wanted) not in names:
+        known = f"there are {', '.join(sorted(names))}" if names else "python -m intern.evaluate run_dir=... makes one"
+        raise UserError(f"evaluation={wanted}: no run has an evaluation of this name: {known}")
+    return str(wanted)

@@ -5,12 +5,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from intern.data.text import comparable
+
 WORD = re.compile(r"[^\W_]+")
 
 
 def words(text: str) -> frozenset[str]:
-    """The distinct lower-case words and numbers of a text."""
-    return frozenset(WORD.findall(text.lower()))
+    """Return the distinct words and numbers of a text; case does not count."""
+    return frozenset(WORD.findall(comparable(text)))
 
 
 class NearTexts:

@@ -15,6 +15,7 @@ from trl import SFTConfig
 
 from intern.data.packing import keeps_rows_apart
 from intern.data.prompt import IGNORED, Prompt
+from intern.data.text import comparable
 from intern.data.tokenize import Tokenized
 from intern.inspection.check import AMBER, GREEN, RED, Check
 from intern.inspection.near_duplicates import WORD, NearTexts
@@ -198,11 +199,11 @@ def check_texts(rows: Dataset, special_tokens: Sequence[str], shows_material: bo
         columns = {name: table[name].to_pylist() for name in ("question", "answer", "chunk_text")}
         for name, parts in sizes.items():
             parts.append(np.fromiter((len(text) for text in columns[name]), dtype=np.int32, count=len(table)))
-        questions = [_normal(text) for text in columns["question"]]
-        answers = [_normal(text) for text in columns["answer"]]
+        questions = [comparable(text) for text in columns["question"]]
+        answers = [comparable(text) for text in columns["answer"]]
         told = [_told(history) for history in table["history"].to_pylist()]
         keys = [
-            f"{before}{question}\0{_normal(material or '')}" if shows_material else before + question
+            f"{before}{question}\0{comparable(material or '')}" if shows_material else before + question
             for before, question, material in zip(told, questions, columns["chunk_text"], strict=True)
         ]
         asked.append(_hashes(keys))
@@ -244,7 +245,7 @@ def check_leaks(train: Dataset, golden: Dataset, shows_material: bool) -> list[C
     rows = [row for table in batches(golden, columns) for row in table.to_pylist()]
 
     def key(row: dict[str, Any]) -> str:
-        return f"{_told(row['history'])}{_normal(row['question'])}\0{_normal(row['chunk_text'] or '') if shows_material else ''}"
+        return f"{_told(row['history'])}{comparable(row['question'])}\0{comparable(row['chunk_text'] or '') if shows_material else ''}"
 
     asked: dict[str, list[int]] = {}
     chunks: dict[str, list[int]] = {}
@@ -334,12 +335,7 @@ def _odd(question: str, answer: str, texts: dict[str, str], special: re.Pattern[
 
 def _told(history: list[dict[str, str]] | None) -> str:
     """The turns before a question, which make it another one; empty for a question alone."""
-    return "".join(f"{_normal(turn['question'])}\0{_normal(turn['answer'])}\0" for turn in history or ())
-
-
-def _normal(text: str) -> str:
-    """What two texts share that a person would call the same: case and blanks do not count."""
-    return " ".join(text.lower().split())
+    return "".join(f"{comparable(turn['question'])}\0{comparable(turn['answer'])}\0" for turn in history or ())
 
 
 def _hashes(texts: list[str]) -> np.ndarray:

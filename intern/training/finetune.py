@@ -19,7 +19,7 @@ from intern.inference.losses import answer_losses
 from intern.runs.directory import Run
 from intern.runs.environment import describe, peak_memory
 from intern.training.callbacks import build_callbacks
-from intern.training.golden_answers import answer_golden_questions, mean_token_f1
+from intern.training.golden_answers import answer_golden_questions, score_answers
 from intern.training.plan import TrainingPlan, build_plan
 from intern.training.resume import check_same, extends_training, step_of, warn_if_environment_changed
 from intern.training.summary import note_early_stop, summarize
@@ -115,7 +115,7 @@ def _train(model: PreTrainedModel, run: Run, plan: TrainingPlan, trackers: Track
     """Train, from the last checkpoint if there is one; return the model with its adapter, and the metrics of training."""
     trainer = InternTrainer(
         rules=plan.rules,
-        answers_f1=functools.partial(mean_token_f1, plan=plan) if plan.rules.eval_answers else None,
+        answer_scores=functools.partial(score_answers, plan=plan) if plan.rules.eval_answers else None,
         model=model,
         args=plan.args,
         train_dataset=plan.train.rows,

@@ -3,19 +3,20 @@
 from typing import Any
 
 from intern.data.tokenize import turns
-from intern.evaluation.metrics import token_f1
+from intern.evaluation.metrics import Answer, mean_score, training_metrics
 from intern.inference.generate import build_generation, generate
 from intern.training.plan import TrainingPlan
 
 _MOST_TOKENS = 128  # of an answer
 
 
-def mean_token_f1(model: Any, plan: TrainingPlan) -> float:
-    """Return the mean token F1 of the answers to trainer.eval_answers golden questions."""
+def score_answers(model: Any, plan: TrainingPlan) -> dict[str, float]:
+    """Return the scores of the answers to trainer.eval_answers golden questions, by their keys in a log entry such as eval_f1."""
     answered = answer_golden_questions(
         model, plan, plan.rules.eval_answers, batch_size=plan.args.per_device_eval_batch_size
     )
-    return sum(token_f1(row["answer"], row["reference"]) for row in answered) / len(answered)
+    answers = [Answer(row["answer"], row["reference"], row["question"]) for row in answered]
+    return {key: mean_score(name, answers) for key, name in training_metrics().items()}
 
 
 def answer_golden_questions(model: Any, plan: TrainingPlan, count: int, batch_size: int) -> list[dict[str, str]]:

@@ -25,6 +25,7 @@ from transformers.training_args import OptimizerNames
 
 from intern.config.build import check_names
 from intern.errors import UserError
+from intern.evaluation.metrics import training_metrics
 from intern.kernels.isolated_attention import NAME as ISOLATED
 from intern.model.attention import choose_attention
 from intern.paths import CONF_DIR
@@ -182,12 +183,17 @@ def named_choices_exist(cfg: Groups) -> str | None:
 
 
 def the_best_model_is_chosen_by_what_is_measured(cfg: Groups) -> str | None:
-    """Evaluations during training have two figures; with any other metric the library would fail at the first of them."""
+    """Evaluations during training have the loss and scores of answers; with any other metric the library would fail at the first of them."""
     trainer = cfg["trainer"]
     metric = trainer.get("metric_for_best_model")
-    if metric not in (None, "loss", "eval_loss", "f1", "eval_f1"):
-        return f"trainer.metric_for_best_model={metric}: must be eval_loss or eval_f1, the figures that evaluations during training have"
-    if metric in ("f1", "eval_f1") and not trainer.get("eval_answers"):
+    of_answers = training_metrics()
+    key = f"eval_{str(metric).removeprefix('eval_')}"
+    if metric is not None and key not in ("eval_loss", *of_answers):
+        known = ", ".join(["eval_loss", *of_answers])
+        return (
+            f"trainer.metric_for_best_model={metric}: must be one of {known}, which evaluations during training measure"
+        )
+    if key in of_answers and not trainer.get("eval_answers"):
         return f"trainer.metric_for_best_model={metric} needs trainer.eval_answers: golden rows to answer at each evaluation, such as 32"
     return None
 

@@ -40,14 +40,17 @@ class InternTrainer(SFTTrainer):
 
     Args:
         rules: our own keys of conf/trainer.
-        answers_f1: given the model, returns the token F1 of its answers; every evaluation then has it as eval_f1.
+        answer_scores: given the model, returns scores of its answers by their keys in a log entry, such as eval_f1; every evaluation
+            then has them.
         kwargs: arguments of SFTTrainer.
     """
 
-    def __init__(self, rules: StepRules, answers_f1: Callable[[Any], float] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, rules: StepRules, answer_scores: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any
+    ) -> None:
         self._min_steps = rules.min_steps
         self._batches: list[dict[str, Any]] = []  # of the current optimizer step
-        self._answers_f1 = answers_f1
+        self._answer_scores = answer_scores
         self._has_checked_labels = False
         args: SFTConfig = kwargs["args"]
         length = args.max_length
@@ -208,10 +211,10 @@ class InternTrainer(SFTTrainer):
         self._sums = []
 
     def evaluation_loop(self, *arguments: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Run the library's, and add eval_f1 before the metrics are logged and compared."""
+        """Run the library's, and add the scores of answers before the metrics are logged and compared."""
         output = super().evaluation_loop(*arguments, **kwargs)
-        if self._answers_f1 is not None and output.metrics is not None:
-            output.metrics["eval_f1"] = self._answers_f1(self.model)
+        if self._answer_scores is not None and output.metrics is not None:
+            output.metrics.update(self._answer_scores(self.model))
         return output
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -147,7 +147,7 @@ def test_the_sample_data_keeps_its_promises():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": "It rose 19%."}, "figures of the answer that its chunk does not have: 19"),
+        ({"answer": "It rose 19%."}, "numbers of the answer that its chunk does not have: 19"),
         ({"answer": ""}, "answer is missing"),
         ({"question": "Why?"}, "question has 1 words"),
         ({"chunk_text": "Too short 18."}, "chunk_text has 3 words"),

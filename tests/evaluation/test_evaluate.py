@@ -1,7 +1,10 @@
-"""Base against adapter, and run against run: repeatable, resumable, labelled with what training saw, and safe to look at."""
+"""Base against adapter, and run against run: repeatable, resumable, labelled with what training saw, and safe to open."""
 
+import errno
 import json
 import math
+import os
+import re
 import shutil
 
 import pytest
@@ -13,9 +16,16 @@ from safetensors.torch import load_file, save_file
 from intern.data.files import DataFile, read_rows
 from intern.errors import RunError, UserError
 from intern.evaluation.contamination import find_overlap
+from intern.evaluation.disk import explain_disk_errors
 from intern.evaluation.evaluate import as_json, evaluate
-from intern.evaluation.metrics import exact_match, rouge_l, token_f1
-from intern.evaluation.report import notes, write_report
+from intern.evaluation.metrics import METRICS, Answer, Metric, Place, mean_score, training_metrics
+from intern.evaluation.predictions import Predictions
+from intern.evaluation.report import write_report
+from intern.evaluation.report_view import notes
+from intern.evaluation.run_report import table
+from intern.evaluation.run_table import read_runs
+from intern.evaluation.terminal import show_evaluation
+from intern.evaluation.text_scores import exact_match, rouge_l, token_f1
 from intern.inference.answer import Intern
 from intern.inference.losses import answer_losses
 from intern.paths import CONF_DIR
@@ -127,12 +137,12 @@ def test_scores_are_means_over_the_rows_of_the_answers_that_are_kept(first):
     assert everything.counted["refused_rightly"] == 1 and everything.counted["refused_wrongly"] == 9
 
 
-def test_a_second_evaluation_gives_the_same_numbers(first, run, golden):
+def test_a_second_evaluation_gives_the_same_scores(first, run, golden):
     again = evaluate(configured(f"eval_file={golden}", "name=second"), run, None)
     assert without_times(again) == without_times(first)
 
 
-def test_an_evaluation_that_was_cut_short_goes_on_with_the_same_numbers(first, run, golden):
+def test_an_interrupted_evaluation_resumes_with_the_same_scores(first, run, golden):
     folder = run.evaluation / "cut"
     shutil.copytree(first.folder, folder)
     kept = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -145,11 +155,38 @@ def test_an_evaluation_that_was_cut_short_goes_on_with_the_same_numbers(first, r
         assert mine.after.prediction.loss == theirs.after.prediction.loss
 
 
-def test_other_inputs_start_anew(first, run, golden, caplog):
+def test_sampled_answers_are_the_same_after_an_interruption(run, golden):
+    def sampled(name):
+        settings = ["generation=sample", "generation.temperature=1.5", "generation.max_new_tokens=6"]
+        return evaluate(configured(f"eval_file={golden}", f"name={name}", *settings), run, None)
+
+    def answers(evaluation):
+        return [(row.before.prediction.answer, row.after.prediction.answer) for row in evaluation.rows]
+
+    torch.manual_seed(1)
+    whole = sampled("sampled")
+    folder = run.evaluation / "sampled_again"
+    shutil.copytree(whole.folder, folder)
+    stored = lines(folder / "predictions.jsonl")
+    longest = [one for one in stored if one["model"] == "base" and one["row"] == 4]  # one row of one batch is left
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in longest), encoding="utf-8")
+    torch.manual_seed(2)
+    assert answers(sampled("sampled_again")) == answers(whole)
+    other = evaluate(
+        configured(
+            f"eval_file={golden}", "name=other_seed", "generation=sample", "generation.temperature=1.5", "seed=7"
+        ),
+        run,
+        None,
+    )
+    assert answers(other) != answers(whole)
+
+
+def test_answers_made_from_other_inputs_are_made_again(first, run, golden, caplog):
     shutil.copytree(first.folder, run.evaluation / "changed")
     changed = evaluate(configured(f"eval_file={golden}", "name=changed", "generation.max_new_tokens=3"), run, None)
     assert max(row.before.prediction.tokens for row in changed.rows) == 3
-    assert "made from other inputs, starting anew" in caplog.text
+    assert "made from other inputs, starting again" in caplog.text
 
 
 def test_rows_and_chunks_of_training_are_labelled_by_content(first):
@@ -169,7 +206,7 @@ def test_rows_and_chunks_of_training_are_labelled_by_content(first):
         assert "3 of 10 golden rows are training rows, 6 are on its chunks." in text
 
 
-def test_what_training_saw_cannot_be_told_without_its_file(run, golden, tmp_path):
+def test_what_training_saw_is_unknown_without_its_file(run, golden, tmp_path):
     rows = read_rows(DataFile.find(str(golden), "eval_file"), needs_material=False)
     moved = Run(tmp_path / "moved")
     shutil.copytree(run.path, moved.path, ignore=shutil.ignore_patterns("evaluation"))
@@ -209,10 +246,10 @@ def test_hostile_answers_are_text_in_both_reports(first, run, golden):
     assert "&lt;script" in text and "<script" not in text and "](http" not in text and "](javascript" not in text
 
 
-def test_closed_book_and_with_material_are_both_measured(first, run, golden):
+def test_closed_book_and_with_context_are_both_measured(first, run, golden):
     read = evaluate(configured(f"eval_file={golden}", "context=always"), run, None)
     assert read.folder.name == "small-context_always"
-    assert [side.with_material for side in (*first.sides, *read.sides)] == [False, False, True, True]
+    assert [side.with_context for side in (*first.sides, *read.sides)] == [False, False, True, True]
     assert [row.after.prediction.loss for row in read.rows] != [row.after.prediction.loss for row in first.rows]
 
 
@@ -244,7 +281,7 @@ def test_a_judge_scores_answers_and_rows_without_verdict_are_left_out(first, run
     assert "right, as judged by a model" in (judged.folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_an_adapter_whose_loss_is_no_number_is_named(run, golden, tmp_path):
+def test_an_adapter_whose_loss_is_nan_is_named(run, golden, tmp_path):
     broken = Run(tmp_path / "broken")
     shutil.copytree(run.path, broken.path, ignore=shutil.ignore_patterns("evaluation"))
     weights = broken.adapter / "adapter_model.safetensors"
@@ -265,8 +302,112 @@ def test_an_adapter_whose_loss_is_no_number_is_named(run, golden, tmp_path):
         ("batch_size=0", "batch_size must be at least 1"),
         ("judge.url=ftp://x", "judge.url=ftp://x: give an http"),
         ("judge.workers=many", "judge.workers"),
+        ("judge.url=http://me:hunter2@x", "judge.url: holds a password or key"),
+        ("resamples=many", "resamples must be at least 100"),
+        ("seed=-1", "seed=-1: seed must be"),
+        ("harness.tasks=hellaswag", "harness.tasks=hellaswag: must be a list: harness.tasks=[hellaswag]"),
+        ("harness.limit=0", "harness.limit=0: must be a whole number"),
+        ("harness.tasks=[hellaswog]", "harness.tasks: the harness has no hellaswog"),
     ],
 )
 def test_a_wrong_setting_is_named_before_a_model_loads(run, override, message):
-    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(message)):
         evaluate(configured(override), run, None)
+
+
+def test_a_metric_from_outside_the_package_is_scored_shown_and_compared(first, run, golden, monkeypatch):
+    """What a contributor adds: one entry. Predictions that exist already are scored with it, no model is loaded."""
+    words = Metric(
+        "words of the answer",
+        None,
+        ".1f",
+        lambda answer: float(len(answer.text.split())),
+        places=frozenset(Place),
+        training_name="words",
+    )
+    monkeypatch.setitem(METRICS, "answer_words", words)
+    monkeypatch.setattr("intern.evaluation.evaluate._answer", None)
+    shutil.copytree(first.folder, run.evaluation / "outside")
+    evaluation = evaluate(configured(f"eval_file={golden}", "name=outside"), run, None)
+    stored = [one["answer"] for one in lines(evaluation.folder / "predictions.jsonl") if one["model"] == "adapter"]
+    mean = sum(len(answer.split()) for answer in stored) / len(stored)
+    assert evaluation.groups[0].scores["answer_words"].after.value == pytest.approx(mean) and mean > 0
+    write_report(evaluation)
+    run.write_json(Run(evaluation.folder).metrics, as_json(evaluation))
+    for name in ("report.html", "report.md"):
+        assert "words of the answer" in (evaluation.folder / name).read_text(encoding="utf-8")
+    compared = read_runs([str(run.path)], "score", "outside")
+    assert compared.finished[0].values["answer_words"] == pytest.approx(mean)
+    headings, rows = table(compared, compared.finished, brief=False)
+    assert rows[0][headings.index("words of the answer")].startswith(f"{mean:.1f} [")
+    assert training_metrics()["eval_words"] == "answer_words"
+    assert mean_score("answer_words", [Answer("two words", ""), Answer("", "")]) == 1
+
+
+def test_an_evaluation_made_before_metrics_were_renamed_is_read_and_its_answers_are_kept(
+    first, run, golden, monkeypatch
+):
+    folder = run.evaluation / "older"
+    shutil.copytree(first.folder, folder)
+    older = as_json(first)
+    for group in older["groups"]:
+        group["scores"]["figures_right"] = group["scores"].pop("numbers_right")
+    run.write_json(folder / "metrics.json", older)
+    for sort_by in ("numbers_right", "figures_right"):
+        [found] = read_runs([str(run.path)], sort_by, "older").finished
+        assert found.values["numbers_right"] == first.groups[0].scores["numbers_right"].after.value
+    assert (
+        '"with_material": false' in (folder / "inputs.json").read_text()
+    )  # as before the move: answers are not made again
+    monkeypatch.setattr("intern.evaluation.evaluate._answer", None)
+    again = evaluate(configured(f"eval_file={golden}", "name=older"), run, None)
+    assert [row.after.prediction for row in again.rows] == [row.after.prediction for row in first.rows]
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_the_scores_are_readable_at_every_width(first, monkeypatch, capsys, width):
+    for name, value in {"FORCE_COLOR": "1", "NO_COLOR": "1", "COLUMNS": str(width)}.items():
+        monkeypatch.setenv(name, value)
+    show_evaluation(first)
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    drawn = [line for line in printed.splitlines() if line.startswith(("│", "┃", "┏", "└"))]
+    assert drawn and max(map(len, drawn)) <= width
+    loss, f1 = (first.groups[0].scores[name] for name in ("loss", "token_f1"))
+    for score, form in ((loss, ".2f"), (f1, ".3f")):
+        assert f"{score.before.value:{form}}" in printed and f"{score.after.value:{form}}" in printed
+    assert "on chunks that never" not in printed and printed.count("┏") == (4 if width == 40 else 1)
+
+
+def test_control_characters_of_answers_are_shown_in_both_reports(first, run, golden):
+    folder = run.evaluation / "control"
+    shutil.copytree(first.folder, folder)
+    sent = [one | {"answer": "a\x1b[2J\x07b\nc"} for one in lines(folder / "predictions.jsonl")]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in sent), encoding="utf-8")
+    write_report(evaluate(configured(f"eval_file={golden}", "name=control"), run, None))
+    page, text = ((folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    assert "a\\x1b[2J\\x07b\nc" in page and "\\x1b" in text
+    assert not [c for c in page + text if not c.isprintable() and c != "\n"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_is_one_line_and_finished_answers_stay(run, golden, monkeypatch, number):
+    """Fails at the third batch, as a disk does that has room for two."""
+    written = []
+    add = Predictions.add
+
+    def until_full(self, batch):
+        if len(written) == 2:
+            raise OSError(number, os.strerror(number), str(self.path))
+        written.append(len(batch))
+        add(self, batch)
+
+    folder = run.evaluation / f"full{number}"
+    monkeypatch.setattr(Predictions, "add", until_full)
+    with (
+        pytest.raises(RunError, match=f"predictions.jsonl: {os.strerror(number)}: free some space$"),
+        explain_disk_errors(run.evaluation, "free some space"),
+    ):
+        evaluate(configured(f"eval_file={golden}", f"name={folder.name}"), run, None)
+    assert len(lines(folder / "predictions.jsonl")) == sum(written) == 8
+    with pytest.raises(ValueError, match="not about a disk"), explain_disk_errors(run.evaluation, ""):
+        raise ValueError("not about a disk")

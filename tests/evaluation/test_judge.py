@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import Server
+from helpers import Handler, Server
 
 from intern.errors import UserError
 from intern.evaluation.judge import Case, Judge, JudgeConfig
@@ -82,3 +82,39 @@ def test_a_server_that_is_not_there_leaves_the_answers_without_verdict(tmp_path,
 def test_a_wrong_setting_is_named(tmp_path, url, model, workers, message):
     with pytest.raises(UserError, match=message):
         Judge(JudgeConfig(url, model, "KEY", workers, 0, 5.0), tmp_path / "judge.jsonl")
+
+
+def test_a_verdict_of_another_server_is_not_taken(judged):
+    assert judged(CASES[:1], (200, "CORRECT"))[0] == [1.0]
+    assert judged(CASES[:1], (200, "WRONG"))[0] == [0.0]
+
+
+def test_pauses_before_retries_grow_and_are_bounded(judged, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("intern.evaluation.judge.time.sleep", pauses.append)
+    monkeypatch.setattr("helpers.Handler.send_header", without_retry_after)
+    judged(CASES[:1], (503, ""), retries=8)
+    assert pauses[:4] == [0, 0.5, 1, 2] and max(pauses) == pauses[-1] == 30
+
+
+def without_retry_after(handler, name, value, send=Handler.send_header):
+    if name != "Retry-After":
+        send(handler, name, value)
+
+
+def test_a_damaged_store_of_verdicts_is_read_as_far_as_it_goes(tmp_path):
+    server = Server((200, "CORRECT"))
+    config = JudgeConfig(server.url, "referee", "TEST_JUDGE_KEY", 1, 0, 5.0)
+    assert Judge(config, tmp_path / "judge.jsonl").score(CASES[:1]) == [1.0]
+    with (tmp_path / "judge.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe{"key"\n[1]\n')
+    assert Judge(config, tmp_path / "judge.jsonl").score(CASES[:1]) == [1.0] and len(server.requests) == 1
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("url", ["http://me:hunter2@host/v1", "https://host/v1?api_key=hunter2"])
+def test_an_address_that_holds_a_secret_is_refused_without_repeating_it(tmp_path, url):
+    with pytest.raises(UserError, match="name it with judge.key_variable") as refused:
+        Judge(JudgeConfig(url, "referee", "KEY", 1, 0, 5.0), tmp_path / "judge.jsonl")
+    assert "hunter2" not in str(refused.value)

@@ -1,16 +1,20 @@
-"""Many runs in one table: the best is what run_dir=best takes, what differs is shown, what is broken is named."""
+"""Many runs in one table: the best is the one that run_dir takes, what differs is shown, what is broken is named."""
 
 import csv
 import json
-from pathlib import Path
+import os
+import re
+import sys
 
 import pytest
 from helpers import command
 from omegaconf import OmegaConf
 
 from intern.errors import UserError
-from intern.evaluation.run_report import advice, narrowed, notes, table, write_overview
+from intern.evaluation.run_files import write_overview
+from intern.evaluation.run_report import advice, narrowed, notes, table
 from intern.evaluation.run_table import given_paths, read_runs, shown_keys
+from intern.evaluation.run_terminal import show_runs
 from intern.runs.directory import Run, resolve
 
 
@@ -37,6 +41,26 @@ def made(path, eval_loss=1.0, rank=8, rate=0.001, evaluation=None, data="golden"
         group = {"name": "all", "scores": {"token_f1": {"rows": 100, "before": after, "after": after}}}
         (folder / "metrics.json").write_text(json.dumps({"file_sha256": "g", "groups": [group]}))
     return path
+
+
+@pytest.fixture
+def opened():
+    """A list of the files below a folder that are opened from now on."""
+    wanted = []
+
+    def start(folder):
+        reads = []
+        wanted.append((str(folder), reads))
+        sys.addaudithook(note)
+        return reads
+
+    def note(event, arguments):
+        for folder, reads in wanted:
+            if event == "open" and str(arguments[0]).startswith(folder):
+                reads.append(str(arguments[0]))
+
+    yield start
+    wanted.clear()  # the hook itself stays
 
 
 @pytest.fixture
@@ -72,9 +96,9 @@ def broken(folder):
         "failed": "failed: lora.r=0: must be at least 1",
         "crashed": "failed: ValueError: no such thing",
         "killed": "unfinished: no metrics.json, last step 4",
-        "cut": "metrics.json cannot be read (JSONDecodeError)",
+        "cut": "metrics.json: cannot be read (JSONDecodeError)",
         "lossless": "metrics.json has no loss that is a number",
-        "unreadable": "config.yaml cannot be read (ScannerError)",
+        "unreadable": "config.yaml: cannot be read (ScannerError)",
     }
 
 
@@ -93,7 +117,7 @@ def test_the_best_run_is_the_one_that_run_dir_takes(sweep, tmp_path, monkeypatch
     assert "run_dir=best" in advice(everything, given_paths(None), everything=True)[1]
 
 
-def test_another_figure_sorts_the_better_way_and_chooses_another_best(sweep):
+def test_another_column_sorts_the_better_way_and_chooses_another_best(sweep):
     runs = read_runs([str(sweep)], "token_f1", None)
     assert [one.name for one in runs.finished] == ["0", "1", "2"] and runs.best.name == "0"
     assert f"run_dir={sweep / '0'} " in advice(runs, [str(sweep)], everything=False)[1]
@@ -137,7 +161,7 @@ def test_files_hold_every_run_and_the_plots(sweep, tmp_path):
     assert all(reason in text for reason in reasons.values()) and "said" in text
 
 
-def test_what_cannot_be_compared_is_said(tmp_path):
+def test_what_cannot_be_compared_is_named(tmp_path):
     made(tmp_path / "a", 0.5)
     made(tmp_path / "b", 0.4, data="other golden rows")
     assert "different golden files" in notes(read_runs([str(tmp_path)], "score", None))[0]
@@ -145,7 +169,7 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     assert "no eval loss" in notes(read_runs([str(tmp_path)], "score", None))[1]
 
 
-def test_few_rows_and_rows_of_training_are_marked_here_too(sweep):
+def test_few_rows_and_training_rows_are_marked(sweep):
     assert notes(read_runs([str(sweep)], "score", None)) == []
     stored = sweep / "1" / "evaluation" / "golden_test_set" / "metrics.json"
     evaluated = json.loads(stored.read_text())
@@ -177,7 +201,7 @@ def test_a_narrow_terminal_loses_the_least_telling_columns(sweep):
     assert narrowed(columns, rows, 500) == (columns, rows)
 
 
-def test_a_thousand_runs_are_read_with_a_few_reads_each(tmp_path, monkeypatch):
+def test_a_thousand_runs_are_read_with_a_few_reads_each(tmp_path, opened):
     model = made(tmp_path / "model", 1)
     for number in range(1000):
         run = tmp_path / "sweep" / str(number)
@@ -186,14 +210,13 @@ def test_a_thousand_runs_are_read_with_a_few_reads_each(tmp_path, monkeypatch):
             (run / file.name).write_bytes(file.read_bytes())
         (run / "config.yaml").write_text((model / "config.yaml").read_text().replace("seed: 1", f"seed: {number}"))
         (run / "metrics.json").write_text(json.dumps({"eval_loss": 1 + number * 37 % 1000}))
-    reads = []
-    read_text = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path, **kwargs: reads.append(path) or read_text(path, **kwargs))
+    reads = opened(tmp_path)
     runs = read_runs([str(tmp_path / "sweep")], "score", None)
-    assert len(runs.finished) == 1000 and runs.best.figures["eval_loss"] == 1.0
-    assert len(reads) <= 4000  # configuration, figures, score, environment; no history, no adapter
+    assert len(runs.finished) == 1000 and runs.best.values["eval_loss"] == 1.0
+    assert 2000 <= len(reads) <= 4000  # configuration, metrics, score, environment; no history, no adapter
     write_overview(runs, tmp_path, [], "score")
-    assert len(reads) <= 4012
+    histories = [path for path in reads if path.endswith("history.jsonl")]
+    assert 0 < len(histories) <= 12
 
 
 @pytest.mark.parametrize(
@@ -210,6 +233,41 @@ def test_paths_are_given_as_a_list_or_as_one_that_has_a_comma_itself(tmp_path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lora.r=8,seed=1").mkdir()
     assert given_paths(given) == expected
+
+
+def test_nothing_below_a_run_or_in_a_hidden_folder_is_a_run(sweep):
+    made(sweep / "0" / "checkpoints" / "copy", 0.1)
+    made(sweep / ".trash" / "copy", 0.1)
+    (sweep / ".hydra").mkdir()  # of the sweep itself
+    assert [one.name for one in read_runs([str(sweep)], "score", None).finished] == ["1", "2", "0"]
+
+
+def test_the_evaluation_that_most_runs_have_is_shown_and_the_peak_is_the_gpus(sweep):
+    other = sweep / "0" / "evaluation" / "a_rarer_one"
+    other.mkdir()
+    (other / "metrics.json").write_text('{"file_sha256": "x", "groups": []}')
+    put(sweep / "0", peak_gpu_gib=7.5)
+    runs = read_runs([str(sweep)], "score", None)
+    assert runs.evaluation == "golden_test_set"
+    assert {one.name: one.values["peak_memory_gib"] for one in runs.finished}["0"] == 7.5
+    put(sweep / "1", eval_rows=29)
+    assert {one.name: set(one.few) for one in read_runs([str(sweep)], "score", None).finished}["1"] == {
+        "eval_loss",
+        "score",
+    }
+
+
+def test_the_last_error_and_the_last_step_are_given_however_long_the_files_are(tmp_path):
+    run = made(tmp_path / "run")
+    (run / "metrics.json").unlink()
+    (run / "history.jsonl").write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(1, 20_001)))
+    assert read_runs([str(tmp_path)], "score", None).others[0].reason == "unfinished: no metrics.json, last step 20000"
+    line = "[t][intern][ERROR] "
+    (run / "train.log").write_text(f"{line}first\n" + "x" * 200_000 + f"\n{line}second\n{line}third\n")
+    assert read_runs([str(tmp_path)], "score", None).others[0].reason == "failed: third"
+    (run / "train.log").unlink()
+    (run / "train.log").symlink_to("/etc/passwd")
+    assert "last step" in read_runs([str(tmp_path)], "score", None).others[0].reason
 
 
 def test_globs_and_folders_give_each_run_once(sweep, tmp_path):
@@ -234,3 +292,206 @@ def test_the_command_prints_the_table_the_broken_ones_and_the_best(sweep):
     assert printed[-3].startswith("★ best by eval loss 0.700: ") and printed[-1] == "files: comparison"
     again = command("intern.compare", "runs=day/time", cwd=sweep.parent.parent)
     assert again.stdout.splitlines()[-1] == "files: day/time/comparison"  # and its own files are no run
+
+
+def put(run, **changes):
+    """Changes values in a run's metrics.json."""
+    stored = run / "metrics.json"
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | changes))
+    return run
+
+
+def aliases(run):
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
+    (run / "config.yaml").write_text("\n".join(levels))
+
+
+def pipe(run, name):
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+
+
+def hostile(folder):
+    """Runs that would stop a comparison or its machine: name -> the reason that is given for each."""
+    aliases(made(folder / "aliases"))
+    pipe(made(folder / "pipe"), "config.yaml")
+    pipe(made(folder / "metrics_pipe"), "environment.json")
+    deep = made(folder / "deep")
+    (deep / "config.yaml").write_text("a: " + "[" * 5000 + "]" * 5000)
+    put(made(folder / "digits"), train_seconds=int("9" * 400))
+    put(made(folder / "huge"), train_loss=1e308, eval_loss=-1e308)
+    (made(folder / "infinite") / "metrics.json").write_text('{"eval_loss": 1e999}')
+    (made(folder / "nan") / "metrics.json").write_text('{"eval_loss": 1.0, "train_seconds": NaN}')
+    (made(folder / "many") / "config.yaml").write_text("".join(f"k{n}: {n}\n" for n in range(5000)))
+    (made(folder / "outside") / "metrics.json").unlink()
+    (folder / "outside" / "metrics.json").symlink_to("/proc/self/environ")
+    evaluated = made(folder / "evaluated", evaluation=0.5) / "evaluation" / "golden_test_set" / "metrics.json"
+    evaluated.write_text(evaluated.read_text().replace("0.5", "1e300"))
+    unfinished = made(folder / "unfinished")
+    (unfinished / "metrics.json").unlink()
+    pipe(unfinished, "history.jsonl")
+    pipe(unfinished, "train.log")
+    (unfinished / ".hydra").mkdir()
+    pipe(unfinished / ".hydra", "overrides.yaml")
+    return {
+        "aliases": "config.yaml: holds YAML references",
+        "pipe": "config.yaml: cannot be read (no regular file)",
+        "metrics_pipe": "environment.json: cannot be read (no regular file)",
+        "deep": "config.yaml: is nested deeper than 32 levels",
+        "digits": "metrics.json: train_seconds is larger than 1e+15",
+        "huge": "metrics.json: train_loss is larger than 1e+15",
+        "infinite": "metrics.json: eval_loss is larger than 1e+15",
+        "nan": "metrics.json: cannot be read (ValueError)",
+        "many": "config.yaml has 5,0",
+        "outside": "leads out of",
+        "evaluated": "token_f1 is larger than 1e+15",
+        "unfinished": "unfinished: no metrics.json",
+    }
+
+
+def test_a_hostile_run_is_one_row_with_its_reason_and_the_others_are_compared(sweep, tmp_path):
+    reasons = hostile(sweep)
+    history = made(sweep / "history", 0.6) / "history.jsonl"
+    history.write_text(
+        '{"step": 1, "optimizer_steps": 1, "loss": 1e308}\n{"step": 2, "optimizer_steps": %s}\n' % ("9" * 400)
+    )
+    pipe(made(sweep / "history_pipe", 0.65), "history.jsonl")
+    runs = read_runs([str(sweep)], "score", None)
+    assert {one.name for one in runs.others} == set(reasons)
+    for one in runs.others:
+        assert reasons[one.name] in one.reason and str(sweep) not in one.reason.partition("leads out of")[0], one
+    assert [one.name for one in runs.finished] == ["history", "history_pipe", "1", "2", "0"]
+    write_overview(runs, tmp_path, [], "score")
+    assert (tmp_path / "loss_curves.png").stat().st_size > 5000
+
+
+def test_rank_alpha_and_scale_are_columns_if_they_differ(tmp_path):
+    def lora(name, rank, **keys):
+        run = made(tmp_path / name, 0.5, rank=rank)
+        cfg = OmegaConf.load(run / "config.yaml")
+        cfg.lora = {"r": rank, **keys}
+        Run(run).write_config(cfg)
+
+    lora("constant", 8, lora_alpha=32)
+    lora("float", 16, lora_alpha=32.0)
+    lora("doubled", 64, lora_alpha=None)
+    lora("rooted", 16, lora_alpha=32, use_rslora=True)
+    runs = read_runs([str(tmp_path)], "lora.r", None)
+    assert shown_keys(runs)[:4] == ["lora.r", "trainer.learning_rate", "lora.lora_alpha", "lora.scale"]
+    headings, rows = table(runs, runs.finished, brief=True)
+    assert headings[:5] == ["run", "r", "learning_rate", "lora_alpha", "scale"]
+    shown = {row[0].removeprefix("★ "): (row[1], row[3], row[4]) for row in rows}
+    assert shown == {
+        "constant": ("8", "32", "4"),
+        "float": ("16", "32", "2"),
+        "rooted": ("16", "32", "8"),
+        "doubled": ("64", "128", "2"),
+    }
+    for name in ("constant", "rooted"):
+        (tmp_path / name / "metrics.json").unlink()
+    alike = read_runs([str(tmp_path)], "lora.scale", None)
+    assert [one.name for one in alike.finished] == ["doubled", "float"] and "lora.scale" not in shown_keys(alike)
+
+
+def test_runs_are_ranked_on_one_golden_file_only_and_the_groups_are_named(tmp_path):
+    for name, loss in (("a", 0.5), ("b", 0.7)):
+        made(tmp_path / name, loss)
+    made(tmp_path / "recipes", 0.1, data="recipes")
+    made(tmp_path / "closed", None)
+    runs = read_runs([str(tmp_path)], "score", None)
+    assert [(group.mark, [one.name for one in group.runs], group.best.name) for group in runs.groups] == [
+        ("A", ["a", "b"], "a"),
+        ("B", ["recipes"], "recipes"),
+        ("C", ["closed"], "closed"),
+    ]
+    assert runs.best is None  # of all three none is the best
+    headings, rows = table(runs, runs.finished, brief=True)
+    assert headings[1] == "on"
+    assert [row[:2] for row in rows] == [["★ a", "A"], ["b", "A"], ["★ recipes", "B"], ["★ closed", "C"]]
+    said = advice(runs, [str(tmp_path)], everything=True)
+    assert said[0].startswith("A: g (2 runs): ★ best by score 0.500: ")
+    assert f"run_dir={tmp_path / 'a'} " in said[1] and "run_dir=best" not in "".join(said)
+    write_overview(runs, tmp_path, said, "score")
+    with (tmp_path / "compare.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["best"] for row in csv.DictReader(file)] == ["True", "False", "True", "True"]
+
+
+def test_a_value_that_no_run_has_is_named_with_the_command_that_measures_it(tmp_path):
+    made(tmp_path / "a", 0.5)
+    made(tmp_path / "b", 0.7)
+    runs = read_runs([str(tmp_path)], "token_f1", None)
+    said = advice(runs, [str(tmp_path)], everything=False)
+    assert said[0] == (
+        f"sort_by=token_f1: none of the 2 finished runs has a token F1: python -m intern.evaluate "
+        f"run_dir={tmp_path / 'a'} measures it, for each run. Sorted by score instead."
+    )
+    assert said[1].startswith("★ best by eval loss 0.500") and [one.name for one in runs.finished] == ["a", "b"]
+    judged = advice(read_runs([str(tmp_path)], "judged", None), [], everything=False)[0]
+    assert "judge.url=... judge.model=..." in judged
+
+
+def test_an_evaluation_that_no_run_has_is_refused_by_name(sweep, tmp_path):
+    with pytest.raises(UserError, match=r"^evaluation=nope: no run has .*: there are golden_test_set$"):
+        read_runs([str(sweep)], "score", "nope")
+    made(tmp_path / "plain")
+    with pytest.raises(UserError, match=r"evaluation=\.\./x: .* python -m intern.evaluate run_dir=... makes one"):
+        read_runs([str(tmp_path / "plain")], "score", "../x")
+    done = command("intern.compare", f"runs={sweep}", "evaluation=nope", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("evaluation=nope: ") and done.stderr.count("\n") == 1
+
+
+def test_formulas_are_quoted_and_markdown_is_escaped(tmp_path):
+    names = ["=1+1", "+A2", "-A3", "@SUM(A1)", "<img src=x>", "![p](http:x)", "\x1b[31mred", "\t=4"]
+    for name in names:
+        made(tmp_path / "runs" / name, 0.5, note=f"={name}", rate=-0.5)
+    failed = tmp_path / "runs" / "failed"
+    failed.mkdir()
+    (failed / "train.log").write_text("[t][intern][ERROR] =cmd|' /C calc'!A0 <img src=y> https://example.org\x1b[2J\n")
+    runs = read_runs([str(tmp_path / "runs")], "score", None)
+    write_overview(runs, tmp_path, notes(runs), "score")
+    with (tmp_path / "compare.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    cells = {cell for row in rows for cell in row}
+    assert not [cell for cell in cells if cell.lstrip().startswith(("=", "+", "@"))]
+    assert {cell for cell in cells if cell.startswith("-")} == {"-0.5"}  # a number stays one
+    assert {"'=1+1", "'+A2", "'-A3", "'@SUM(A1)", "<img src=x>", "\\x1b[31mred", "\\t=4"} <= cells
+    text = (tmp_path / "compare.md").read_text(encoding="utf-8")
+    assert "<img" not in text and "&lt;img src=x>" in text and "&lt;img src=y>" in text
+    assert not re.search(r"(?<!\\)\]\(http", text) and "https://" not in text
+    assert not [c for c in text + "".join(cells) if not c.isprintable() and c != "\n"]
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_tables_are_readable_at_every_width(tmp_path, monkeypatch, capsys, width):
+    for number in range(3):
+        run = made(
+            tmp_path / f"a_rather_long_name_of_a_run_{number}",
+            0.5 + number / 10,
+            rank=8 * 2**number,
+            evaluation=0.2 + number / 10,
+            model={"pretrained_model_name_or_path": f"/a/very/long/folder/of/models/base{number}"},
+            prompt={"system": "You are an assistant. " * 20 + str(number)},
+        )
+        assert Run(run).finished
+    for number in range(2):
+        failed = tmp_path / f"failed{number}"
+        (failed / ".hydra").mkdir(parents=True)
+        (failed / ".hydra" / "overrides.yaml").write_text(f"- experiment=tiny_cpu\n- lora.r={number}\n")
+        (failed / "train.log").write_text(f"[t][intern][ERROR] {'the reason is a long text ' * 4}\n")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    runs = read_runs([str(tmp_path)], "score", None)
+    show_runs(runs, 20, tmp_path, notes(runs))
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    drawn = [line for line in printed.splitlines() if line.startswith(("│", "┃", "┏", "└", "├", "┡"))]
+    assert drawn and max(map(len, drawn)) <= width
+    for number in range(3):  # no number is broken
+        assert re.search(rf"\b0\.{5 + number}00\b", printed)
+        assert f"base{number}" in printed or width < 80
+        assert f"[0.{1 + number}00,0.{3 + number}00]" in printed.replace(", ", ",")
+    assert "/a/very" not in printed and "You are" not in printed and "prompt.system" in printed
+    assert "experiment=tiny_cpu" not in printed and "lora.r=1" in printed
+    assert "★…0" in printed and "… is a_rather_long_name_of_a_run_\n" in printed
+    assert ("Left out at this width" in printed) is (width < 140)

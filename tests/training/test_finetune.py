@@ -163,17 +163,18 @@ def test_early_stopping_keeps_its_count_over_a_resume(tmp_path, few_golden_rows)
         assert (steps.count(8), max(steps)) == (3, 8), killed  # loss, evaluation, early stop
 
 
-def test_the_best_checkpoint_can_be_chosen_by_the_answers(tmp_path, few_golden_rows):
+@pytest.mark.parametrize("metric", ["eval_f1", "eval_rouge_l"])
+def test_the_best_checkpoint_can_be_chosen_by_the_answers(tmp_path, few_golden_rows, metric):
     plain = [*SCORED, few_golden_rows, "trainer.learning_rate=1e-2", "trainer.eval_steps=4", "trainer.save_steps=4"]
-    run = train(tmp_path / "run", *plain, "trainer.metric_for_best_model=eval_f1", "trainer.eval_answers=3")
+    run = train(tmp_path / "run", *plain, f"trainer.metric_for_best_model={metric}", "trainer.eval_answers=3")
     metrics = run.read_json(run.metrics)
-    scores = {entry["step"]: entry["eval_f1"] for entry in run.read_history() if "eval_f1" in entry}
+    scores = {entry["step"]: entry[metric] for entry in run.read_history() if metric in entry}
     assert sorted(scores) == [4, 8, 12] and all(0 <= score <= 1 for score in scores.values())
     assert len(set(scores.values())) > 1
     assert metrics["best_step"] == max(scores, key=lambda step: scores[step])  # the first of equals
     assert metrics["best_metric"] == max(scores.values())
     unasked = train(tmp_path / "unasked", *plain)
-    assert not any("eval_f1" in entry for entry in unasked.read_history())
+    assert not any(metric in entry for entry in unasked.read_history())
     losses = [[entry["loss"] for entry in one.read_history() if "loss" in entry] for one in (run, unasked)]
     assert losses[0] == losses[1]  # generating answers leaves training as it was
 

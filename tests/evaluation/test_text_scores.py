@@ -1,4 +1,4 @@
-"""Scores equal their published definitions, written down here a second time; what was published for English holds for every script."""
+"""Scores equal their published definitions, which are written here a second time; what was published for English works for every script."""
 
 import math
 import random
@@ -8,12 +8,12 @@ import string
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from intern.evaluation.metrics import (
+from intern.evaluation.text_scores import (
     exact_match,
-    figures,
-    figures_right,
-    invented_figures,
-    missing_figures,
+    invented_numbers,
+    missing_numbers,
+    numbers,
+    numbers_right,
     rouge_l,
     token_f1,
 )
@@ -136,8 +136,8 @@ def test_accents_count_however_they_are_encoded():
         ("x\u00b2", set()),
     ],
 )
-def test_figures_are_read_as_they_are_written(text, expected):
-    assert figures(text) == expected
+def test_numbers_are_read_as_they_are_written(text, expected):
+    assert numbers(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -150,15 +150,15 @@ def test_figures_are_read_as_they_are_written(text, expected):
         ("", 0.0),
     ],
 )
-def test_figures_are_right_when_all_are_there_and_none_is_made_up(answer, expected):
+def test_numbers_are_right_if_all_are_there_and_none_is_invented(answer, expected):
     question, reference = "How did bookings do in 2024?", "They grew 18% to $162.8 billion."
-    assert figures_right(answer, reference, question, "Bookings: $137.9 billion, then $162.8 billion.") == expected
+    assert numbers_right(answer, reference, question, "Bookings: $137.9 billion, then $162.8 billion.") == expected
 
 
-def test_without_a_chunk_its_figures_are_made_up_and_without_a_figure_nothing_counts():
-    assert figures_right("18% from $137.9 billion", "18%", "How?", None) == 0
-    assert figures_right("Anything 5", "No number here.", "How?", "5") is None
-    assert missing_figures("18", "18 and 20") == {"20"} and invented_figures("18 and 21", ["18", "20"]) == {"21"}
+def test_without_a_context_its_numbers_are_invented_and_without_a_number_the_row_does_not_count():
+    assert numbers_right("18% from $137.9 billion", "18%", "How?", None) == 0
+    assert numbers_right("Anything 5", "No number here.", "How?", "5") is None
+    assert missing_numbers("18", "18 and 20") == {"20"} and invented_numbers("18 and 21", ["18", "20"]) == {"21"}
 
 
 @pytest.mark.parametrize(
@@ -177,3 +177,8 @@ def test_the_shipped_pattern_finds_refusals(text, refuses):
 
     pattern = OmegaConf.load(CONF_DIR / "evaluate.yaml").refusal_pattern
     assert bool(re.search(pattern, text, re.IGNORECASE)) is refuses
+
+
+@pytest.mark.parametrize("mark", ["。", "，", "！", "」", "．"])
+def test_wide_punctuation_does_not_count(mark):
+    assert exact_match(f"増えた{mark}", "増えた") == token_f1(f"増えた{mark}", "増えた") == 1

@@ -1,0 +1,56 @@
+"""Untrusted text -> text that is only shown: no escape sequence, formula or Markdown in it takes effect."""
+
+import re
+import unicodedata
+
+_MARKDOWN = re.compile(r"[\\`*\[\]~$]|(?<=\])\(|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word means nothing
+_LINKS = re.compile(r"(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)  # GitHub makes links of bare addresses
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+_HIDDEN = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, line and paragraph separators
+_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # change the order of what follows
+
+
+def visible(text: str) -> str:
+    """Return the text on one line with control characters as escapes, such as \\x1b or \\n.
+
+    Args:
+        text: a name, a path, an answer, an error message.
+    """
+    if text.isprintable():
+        return text
+    return "".join(_escape(c) if c in _BIDI or unicodedata.category(c) in _HIDDEN else c for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def markdown_text(text: str) -> str:
+    """Return Markdown that shows the text on one line: no image, link, tag or emphasis begins in it.
+
+    Pipes stay: intern.display.table.markdown escapes them in its cells.
+    """
+    escaped = _MARKDOWN.sub(lambda match: f"\\{match[0]}", visible(text))
+    return _LINKS.sub(lambda match: f"\\{match[0]}", escaped.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def spreadsheet_cell(value: object) -> object:
+    """Return a CSV cell that a spreadsheet takes as text or as a number, never as a formula.
+
+    Args:
+        value: a number, which stays one, or text; text that begins like a formula gets an apostrophe before it (OWASP, CSV injection).
+    """
+    if not isinstance(value, str):
+        return value
+    text = visible(value)
+    if not text.lstrip(" '\"").startswith(_FORMULA) or _is_number(text):
+        return text
+    return f"'{text}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

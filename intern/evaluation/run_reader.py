@@ -1,0 +1,238 @@
+"""One run directory -> what a comparison needs of it, or the reason why it cannot be compared.
+
+Run directories are untrusted: files are read through intern.runs.untrusted, which bounds their size and follows no link out of the run,
+and values that training would never write are refused before anything computes with them.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intern.display.table import Column
+from intern.errors import UserError
+from intern.evaluation.bootstrap import FEW
+from intern.evaluation.metrics import Metric, Place, metrics_at
+from intern.runs.directory import Run
+from intern.runs.untrusted import json_object, read_text, yaml_mapping
+
+_LARGEST = 1e15  # nothing that training measures is larger
+_MOST_KEYS = 1_000  # of a configuration; a run has about 100
+_LOG_END = 65_536  # bytes at the end of train.log and history.jsonl that are searched for the last error or step
+_OVERRIDES = 65_536  # bytes
+_STEP = re.compile(r'"step": ?(\d{1,12})\b')
+_DERIVED_SCALE = "lora.scale"
+Bounds = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity: two runs may have equal values
+class FinishedRun:
+    """A run that can be compared."""
+
+    run: Run
+    name: str  # its path below the folder that all runs share
+    config: dict[str, str]  # every key, flat, as text; lora.scale is derived
+    values: dict[str, float]  # by column: those that the run has
+    bounds: dict[str, Bounds]  # 95 % intervals of the metrics of its evaluation
+    few: frozenset[str]  # columns computed from too few rows to rely on
+    trained_rows: int  # golden rows of the evaluation that the run was trained on
+    gpu: str | None
+    train_data: str | None  # SHA-256 (or path) of what train_loss was measured on
+    eval_data: str | None  # SHA-256 (or path) of what eval_loss was measured on
+    evaluated_data: str | None  # SHA-256 of what the evaluation's metrics were measured on
+    evaluated_file: str  # its name
+
+
+@dataclass(frozen=True)
+class OtherRun:
+    """A run that cannot be compared, and why."""
+
+    path: Path
+    name: str
+    reason: str
+    arguments: list[str]  # of the job's command line
+
+    @property
+    def overrides(self) -> str:
+        return " ".join(self.arguments)
+
+
+def columns() -> dict[str, Column]:
+    """Return the columns of values that a run can have, in the order of the table."""
+    return {
+        "trainable_parameters": Column("trainable", None, ",.0f"),
+        "train_loss": Column("train loss", False, ".3f"),
+        "eval_loss": Column("eval loss", False, ".3f"),
+        **{
+            name: Column(metric.short_label, metric.higher_is_better, metric.format)
+            for name, metric in metrics_at(Place.COMPARE).items()
+        },
+        "tokens_per_second": Column("tokens/s", True, ",.0f"),
+        "peak_memory_gib": Column("peak GiB", False, ".2f"),
+        "train_seconds": Column("seconds", False, ",.0f"),
+        "score": Column("score", False, ".3f"),
+    }
+
+
+def read_run(folder: Path, name: str, evaluation: str | None) -> FinishedRun | OtherRun:
+    """Read one run; whatever is wrong with it becomes the reason of an OtherRun.
+
+    Args:
+        folder: the run directory.
+        name: how tables call it.
+        evaluation: the folder in RUN/evaluation to read, None for none.
+    """
+    try:
+        return _read(Run(folder), name, evaluation)
+    except (UserError, OSError) as error:
+        reason = str(error) if isinstance(error, UserError) else f"cannot be read ({error.strerror})"
+        reason = re.sub(r": is .* (?:run|run directory)\?$", "", reason.replace(f"{folder}/", ""))
+        return OtherRun(folder, name, reason, _overrides(folder))
+
+
+def _read(run: Run, name: str, evaluation: str | None) -> FinishedRun:
+    if not run.finished:
+        raise UserError(_why_unfinished(run))
+    config = _config(run)
+    metrics = json_object(run.metrics, run.path)
+    environment = json_object(run.environment, run.path) if run.environment.exists() else {}
+    memory = metrics.get("peak_gpu_gib", metrics.get("peak_host_rss_gib"))
+    found = {key: _number(metrics.get(key), key) for key in columns() if key not in metrics_at(Place.COMPARE)}
+    found["peak_memory_gib"] = _number(memory, "peak memory")
+    score = run.score()
+    found["score"] = score if math.isfinite(score) else None
+    values = {key: value for key, value in found.items() if value is not None}
+    if "score" not in values:
+        raise UserError("metrics.json has no loss that is a number")
+    rows = _number(metrics.get("eval_rows"), "eval_rows")
+    few = {"eval_loss", "score"} if rows is not None and rows < FEW else set()
+    bounds: dict[str, Bounds] = {}
+    evaluated = _evaluation(run, evaluation)
+    group = _all_rows(evaluated)
+    for key, metric in metrics_at(Place.COMPARE).items():
+        if (measured := _measured(group, key, metric)) is not None:
+            values[key], bounds[key], counted = measured
+            few |= {key} if counted < FEW else set()
+    data, gpu = environment.get("data"), environment.get("gpu")
+    digests = data if isinstance(data, dict) else {}
+    trained_rows = group.get("trained_rows")
+    return FinishedRun(
+        run=run,
+        name=name,
+        config=config,
+        values=values,
+        bounds=bounds,
+        few=frozenset(few),
+        trained_rows=trained_rows if isinstance(trained_rows, int) else 0,
+        gpu=str(gpu.get("name")) if isinstance(gpu, dict) else None,
+        train_data=_digest(digests, config.get("data.train_file")),
+        eval_data=_digest(digests, config.get("data.eval_file")) if "eval_loss" in values else None,
+        evaluated_data=str(evaluated["file_sha256"]) if "file_sha256" in evaluated else None,
+        evaluated_file=Path(str(evaluated.get("file", ""))).name,
+    )
+
+
+def _digest(digests: dict[str, Any], file: str | None) -> str | None:
+    """Return the SHA-256 of a data file as the run recorded it; its path if there is none."""
+    found = digests.get(str(file))
+    return found if isinstance(found, str) else file
+
+
+def _number(value: Any, name: str) -> float | None:
+    """Return a value of a file as a float, None if it is not a number; refuse what training never measures."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if not abs(value) <= _LARGEST:
+        raise UserError(f"metrics.json: {name} is larger than {_LARGEST:g}: not a value that training writes")
+    return float(value)
+
+
+def _evaluation(run: Run, evaluation: str | None) -> dict[str, Any]:
+    """Return the content of an evaluation's metrics.json, empty if the run has none of this name."""
+    chosen = run.evaluation / evaluation / "metrics.json" if evaluation else None
+    return json_object(chosen, run.path) if chosen is not None and chosen.exists() else {}
+
+
+def _all_rows(evaluated: dict[str, Any]) -> dict[str, Any]:
+    """Return the group of all golden rows, empty if the file is not as intern.evaluate writes it."""
+    groups = evaluated.get("groups")
+    return groups[0] if isinstance(groups, list) and groups and isinstance(groups[0], dict) else {}
+
+
+def _measured(group: dict[str, Any], key: str, metric: Metric) -> tuple[float, Bounds, float] | None:
+    """Return the adapter's value, its interval and the number of rows; None if the evaluation lacks the metric."""
+    scores = group.get("scores")
+    if not isinstance(scores, dict):
+        return None
+    score = scores.get(key, scores.get(metric.former_name))
+    after = score.get("after") if isinstance(score, dict) else None
+    if not isinstance(score, dict) or not isinstance(after, dict):
+        return None
+    value, low, high = (_number(after.get(part), key) for part in ("value", "low", "high"))
+    return None if value is None else (value, (low, high), _number(score.get("rows"), "rows") or 0)
+
+
+def _config(run: Run) -> dict[str, str]:
+    """Return every key as text, with the effective lora_alpha and the scale of the update."""
+    config = dict(_flat(yaml_mapping(run.config, run.path), ""))
+    if len(config) > _MOST_KEYS:
+        raise UserError(f"config.yaml has {len(config):,} keys: not a configuration that training writes")
+    rank, alpha = (as_number(config.get(key)) for key in ("lora.r", "lora.lora_alpha"))
+    if rank and alpha is None and config.get("lora.lora_alpha") == "None":
+        alpha = 2 * rank  # as intern.model.lora builds it
+    if rank and alpha is not None and rank > 0:
+        config["lora.lora_alpha"] = f"{alpha:.10g}"
+        root = config.get("lora.use_rslora") == "True"
+        config[_DERIVED_SCALE] = f"{alpha / (math.sqrt(rank) if root else rank):.4g}"
+    return config
+
+
+def _flat(node: dict[Any, Any], before: str) -> Iterator[tuple[str, str]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def as_number(text: str | None) -> float | None:
+    """Return a config value as a number; None if it is none, or beyond what a run can have."""
+    try:
+        number = float(text) if text is not None else None
+    except ValueError:
+        return None
+    return number if number is not None and abs(number) <= _LARGEST else None
+
+
+def _why_unfinished(run: Run) -> str:
+    """Return the last error in train.log, or how far training came."""
+    lines = _end(run.path / "train.log", run).splitlines()
+    errors = [number for number, line in enumerate(lines) if "[ERROR] " in line]
+    if errors:
+        last = lines[errors[-1] :]
+        if any(line.startswith("Traceback") for line in last):
+            return f"failed: {next((line for line in reversed(last) if line.strip()), '').strip()}"
+        return f"failed: {last[0].split('[ERROR] ', 1)[1].strip()}"
+    steps = _STEP.findall(_end(run.history, run))
+    return f"unfinished: no metrics.json, last step {steps[-1]}" if steps else "unfinished: no metrics.json"
+
+
+def _end(path: Path, run: Run) -> str:
+    """Return the end of a text file of the run; empty if there is none, or a link leads out of the run."""
+    if not path.is_file() or not path.resolve().is_relative_to(run.path.resolve()):
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LOG_END))
+        return file.read(_LOG_END).decode("utf-8", errors="replace")
+
+
+def _overrides(folder: Path) -> list[str]:
+    """Return the command line of a job that failed before its configuration was stored, from Hydra's list of strings."""
+    try:
+        text = read_text(folder / ".hydra" / "overrides.yaml", folder, _OVERRIDES)
+    except UserError:
+        return []
+    items = (line[2:].strip() for line in text.splitlines() if line.startswith("- "))
+    return [item[1:-1].replace("''", "'") if item[:1] == item[-1:] == "'" else item for item in items]
