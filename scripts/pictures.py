@@ -1,7 +1,7 @@
 """python scripts/pictures.py
 
-Draws docs/preview.svg and docs/doctor.svg: what `python -m intern.preview experiment=tiny_cpu rows=1 lengths=null` and
-`python -m intern.doctor experiment=tiny_cpu` print in a terminal of 110 columns.
+Draw docs/preview.svg and docs/doctor.svg: the output of `python -m intern.preview experiment=tiny_cpu rows=1 lengths=null` and
+`python -m intern.doctor experiment=tiny_cpu` in a terminal of 110 columns.
 """
 
 import io
@@ -28,7 +28,7 @@ def draw(name: str, overrides: list[str], tell: Callable[[DictConfig, Console], 
     console.print(f"[bold]$ python -m intern.{name} {' '.join(overrides)}[/bold]\n", highlight=False)
     tell(cfg, console)
     picture = console.export_svg(title=f"intern.{name}", theme=MONOKAI, unique_id=name)
-    # The fonts that rich names would be fetched from elsewhere: the viewer's own monospace font does.
+    # rich would fetch its fonts from the network; the viewer's own monospace font is good enough.
     picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL).replace("Fira Code", "ui-monospace")
     target = PROJECT / "docs" / f"{name}.svg"
     target.write_text(picture, encoding="utf-8")
