@@ -193,7 +193,7 @@ def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: A
     from intern.model.base import Base
     from intern.model.precision import Precision
     from intern.model.quant import build_quant
-    from intern.training.rules import Shape, batches_need_no_padding
+    from intern.training.model_rules import Shape, batches_need_no_padding
     from intern.training.trainer import InternTrainer, StepRules
 
     node = {"pretrained_model_name_or_path": str(args.checkpoint), "attn_implementation": "isolated"}

@@ -1,30 +1,28 @@
-"""Checks and how they are told: a table in a terminal, Markdown in a pipe, JSON for scripts."""
+"""Checks and how they are shown: a table in a terminal, Markdown in a pipe, JSON for scripts."""
 
 import json
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from intern.display.table import markdown, printable, terminal_table
 from intern.errors import RunError
 
 Status = Literal["green", "amber", "red"]
 GREEN: Status = "green"  # nothing to do
-AMBER: Status = "amber"  # works, but a person should know it
-RED: Status = "red"  # does not work, or makes what comes of it worthless
+AMBER: Status = "amber"  # works, but the user should know
+RED: Status = "red"  # does not work, or makes the result worthless
 SCHEMA_VERSION = 1  # of as_json
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at, what was found, and what to do about it (empty where there is nothing to do)."""
+    """One thing that was checked, what was found, and what to do about it (empty if there is nothing to do)."""
 
     name: str
     status: Status
@@ -33,22 +31,22 @@ class Check:
 
 
 def verdict(checks: Sequence[Check]) -> Status:
-    """The worst status among the checks."""
+    """Return the worst status among the checks."""
     statuses = {check.status for check in checks}
     return RED if RED in statuses else AMBER if AMBER in statuses else GREEN
 
 
 def raise_if_red(checks: Sequence[Check], subject: str) -> None:
-    """Raises RunError, naming the red checks, where there are any."""
+    """Raise RunError, naming the red checks, if there are any."""
     if red := [check.name for check in checks if check.status == RED]:
         raise RunError(f"{subject}: {len(red)} of {len(checks)} checks red: {', '.join(red)}")
 
 
 def as_json(checks: Sequence[Check]) -> str:
-    """The checks for a script: {"schema_version": 1, "verdict": "red", "checks": [{"name", "status", "found", "remedy"}, ...]}.
+    """Return the checks for a script: {"schema_version": 1, "verdict": "red", "checks": [{"name", "status", "found", "remedy"}, ...]}.
 
-    `verdict` is the worst status; a status is "green", "amber" or "red"; all other values are text. Names stay the same from
-    version to version, what stands in `found` and `remedy` is for people.
+    `verdict` is the worst status; a status is "green", "amber" or "red"; all other values are text. Names stay the same from version to
+    version; `found` and `remedy` are for people.
     """
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -59,38 +57,25 @@ def as_json(checks: Sequence[Check]) -> str:
 
 
 def show_checks(checks: Sequence[Check], console: Console) -> None:
-    """Prints the checks."""
+    """Print the checks: a table in a terminal, Markdown to standard output otherwise."""
     counts = Counter(check.status for check in checks)
     summary = ", ".join(f"{counts[status]} {status}" for status in (GREEN, AMBER, RED) if counts[status])
     if not console.is_terminal:
-        lines = ["| check | status | found | remedy |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| {check.name} | {check.status} | {_cell(check.found)} | {_cell(check.remedy)} |" for check in checks
-        ]
-        sys.stdout.write("\n".join([*lines, "", summary, ""]))
+        cells = [[check.name, check.status, _one_line(check.found), _one_line(check.remedy)] for check in checks]
+        sys.stdout.write(f"{markdown(['check', 'status', 'found', 'remedy'], cells, texts=4)}\n{summary}\n")
         return
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("check", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("found, and what to do", overflow="fold")
     styles = {GREEN: "green", AMBER: "yellow", RED: "bold red"}
+    rows = []
     for check in checks:
-        told = Text(printable(check.found))
+        text = Text(printable(check.found))
         if check.remedy:
-            told.append(f"\n→ {printable(check.remedy)}", styles[check.status])
-        table.add_row(Text(check.name), Text(f"● {check.status}", styles[check.status]), told)
-    console.print(table)
+            text.append(f"\n→ {printable(check.remedy)}", styles[check.status])
+        rows.append(
+            (Text(check.name, no_wrap=True), Text(f"● {check.status}", styles[check.status], no_wrap=True), text)
+        )
+    console.print(terminal_table(["check", "", "found, and what to do"], rows, texts=3))
     console.print(Text(summary))
 
 
-def printable(text: str) -> str:
-    """The text without characters that a terminal would obey: they are written as escapes. Line breaks stay."""
-    return "".join(_escaped(c) if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c != "\n" else c for c in text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
-
-
-def _cell(text: str) -> str:
-    return " ".join(printable(text).split()).replace("|", "\\|")
+def _one_line(text: str) -> str:
+    return " ".join(printable(text).split())

@@ -15,6 +15,7 @@ from transformers import (
     PrinterCallback,
 )
 
+from intern.display.progress import progress_bars
 from intern.errors import RunError, UserError
 from intern.evaluation.metrics import token_f1
 from intern.inference.generate import build_generation, generate
@@ -36,7 +37,6 @@ from intern.upstream import route_messages
 
 log = logging.getLogger(__name__)
 
-_LONG_DATA = 20_000  # rows from which tokenizing is worth a progress bar
 _SAMPLE_TOKENS = 128  # the longest sample answer
 
 
@@ -130,26 +130,27 @@ def _train(model: PreTrainedModel, run: Run, plan: TrainingPlan, tracker: Tracke
     patience = None
     if plan.rules.early_stopping_patience is not None:
         patience = Patience(plan.rules.early_stopping_patience, steps)
-    trainer = InternTrainer(
-        rules=plan.rules,
-        answers_f1=functools.partial(_answers_f1, plan=plan) if plan.rules.eval_answers else None,
-        model=model,
-        args=plan.args,
-        train_dataset=plan.train.rows,
-        eval_dataset=plan.eval.rows if plan.eval is not None else None,
-        processing_class=plan.tokenizer,
-        peft_config=plan.lora,
-        # A skipped step takes back the stop at max_steps, so `steps` follows what stops early and precedes what must stop.
-        callbacks=[
-            *([memory] if memory else []),
-            *([patience] if patience else []),
-            steps,
-            carried,
-            interruption,
-            history,
-            Health(run, steps),
-        ],
-    )
+    with progress_bars(len(plan.train.rows)):  # of packing
+        trainer = InternTrainer(
+            rules=plan.rules,
+            answers_f1=functools.partial(_answers_f1, plan=plan) if plan.rules.eval_answers else None,
+            model=model,
+            args=plan.args,
+            train_dataset=plan.train.rows,
+            eval_dataset=plan.eval.rows if plan.eval is not None else None,
+            processing_class=plan.tokenizer,
+            peft_config=plan.lora,
+            # A skipped step takes back the stop at max_steps, so `steps` follows what stops early and precedes what must stop.
+            callbacks=[
+                *([memory] if memory else []),
+                *([patience] if patience else []),
+                steps,
+                carried,
+                interruption,
+                history,
+                Health(run, steps),
+            ],
+        )
     trainer.remove_callback(PrinterCallback)
     carried.trainer = trainer
     if memory is not None:

@@ -1,106 +1,343 @@
-"""A composed configuration -> everything that a training run needs, checked before weights load."""
+"""A composed configuration -> everything that a training run needs, checked before the model's weights load.
 
-from dataclasses import dataclass
-from typing import Any
+Every command that checks a configuration uses the pieces below, so that all of them come to the same verdict: training, the preview and
+intern.verify take all pieces in ORDER, the doctor takes them one by one. The doctor must also run if a library does not load, so nothing
+heavy is imported at the top of this module: each piece imports what it needs.
+"""
 
-import datasets
-from datasets import Dataset
+import copy
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
 from omegaconf import DictConfig
-from peft import LoraConfig
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
-from trl import SFTConfig
 
-from intern.config.build import build, plain
-from intern.data.files import DataFile, Tokenized, read_rows, tokenize
-from intern.data.prompt import Prompt
-from intern.data.settings import DataConfig
-from intern.memory.callback import FitMemory
-from intern.model.base import Base
-from intern.model.lora import build_lora
-from intern.model.precision import Precision, plan_training
-from intern.model.quant import build_quant
+from intern.display.progress import progress_bars
+from intern.errors import UserError
 from intern.runs.directory import Run
-from intern.training.rules import Shape, batches_need_no_padding, check_shape, check_values
-from intern.training.trackers import check_logger
-from intern.training.trainer import AUTO, StepRules, build_rules, build_training_args
 
-_LONG_DATA = 20_000  # rows from which tokenizing is worth a progress bar
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+    from intern.data.files import DataFile, Tokenized
+    from intern.data.prompt import Prompt
+    from intern.data.settings import DataConfig
+    from intern.memory.callback import FitMemory
+    from intern.model.base import Base
+    from intern.model.precision import Precision
+    from intern.training.model_rules import Shape
+    from intern.training.trainer import StepRules
+
+T = TypeVar("T")
+
+# The pieces that the configuration alone decides, and all pieces, the cheapest first.
+CONFIGURATION = ("value_rules", "logger", "rules", "lora", "quant", "data", "configured_args")
+ORDER = (
+    *CONFIGURATION,
+    *("train_file", "eval_file", "precision", "base", "room_for_weights", "tokenizer", "model_rules", "adapter_rules"),
+    *("args", "prompt", "train_rows", "eval_rows", "train", "eval", "memory"),
+)
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Everything that is known to be right before the model's weights are touched."""
+    """Everything that is known to be right before the model's weights are loaded. Each field is a piece of PlanPieces."""
 
-    rules: StepRules
-    args: SFTConfig
-    memory: FitMemory | None  # on a GPU, unless trainer.activation_checkpointing=false
-    lora: LoraConfig
-    quant: BitsAndBytesConfig | None
-    precision: Precision
-    base: Base
-    tokenizer: PreTrainedTokenizerBase
-    prompt: Prompt
+    rules: "StepRules"
+    args: "SFTConfig"
+    memory: "FitMemory | None"
+    lora: "LoraConfig"
+    quant: "BitsAndBytesConfig | None"
+    precision: "Precision"
+    base: "Base"
+    tokenizer: "PreTrainedTokenizerBase"
+    prompt: "Prompt"
     logger: dict[str, Any]
-    train_file: DataFile
-    eval_file: DataFile | None
-    train: Tokenized
-    eval_rows: Dataset | None
-    eval: Tokenized | None
+    train_file: "DataFile"
+    eval_file: "DataFile | None"
+    train: "Tokenized"
+    eval_rows: "Dataset | None"
+    eval: "Tokenized | None"
 
     @property
-    def files(self) -> list[DataFile]:
+    def files(self) -> list["DataFile"]:
         """The data files that the run depends on."""
         return [file for file in (self.train_file, self.eval_file) if file is not None]
 
 
 def build_plan(cfg: DictConfig, run: Run) -> TrainingPlan:
-    """Checks everything that can be checked without the model's weights, the cheapest first."""
-    values = plain(cfg)
-    check_values(values)
-    logger = check_logger(cfg.logger)
-    rules = build_rules(cfg.trainer)
-    lora = build_lora(cfg.lora)
-    quant = build_quant(cfg.quant)
-    data = build(DataConfig, plain(cfg.data), "data")
-    train_file = DataFile.find(data.train_file, "data.train_file")
-    eval_file = DataFile.find(data.eval_file, "data.eval_file") if data.eval_file else None
-    trainer = values["trainer"]
-    compute_dtype = quant.bnb_4bit_compute_dtype if quant is not None else None
-    precision = plan_training(bool(trainer.get("use_cpu")), trainer.get("fp16"), trainer.get("bf16"), compute_dtype)
-    args = build_training_args(cfg.trainer, run, precision, cfg.seed, evaluates=eval_file is not None)
-    base = Base(cfg.model)
-    base.check_fit(quant, precision)
-    tokenizer = base.tokenizer()
-    shape = Shape(base.config, base.skeleton, tokenizer)
-    check_shape(values, shape, lora)
-    args.padding_free = args.padding_free or batches_need_no_padding(values, lambda: shape)
-    prompt = Prompt.from_tokenizer(tokenizer, data.system_prompt, data.context)
-    train_rows = read_rows(train_file, needs_material=data.context != "never")
-    eval_rows = read_rows(eval_file, needs_material=data.context != "never") if eval_file is not None else None
-    if len(train_rows) < _LONG_DATA:
-        datasets.disable_progress_bars()
-    length = int(trainer["max_length"])
-    train = tokenize(train_rows, tokenizer, prompt, length, data.num_proc, train_file.path.name)
-    evaluated = None
-    if eval_rows is not None and eval_file is not None:
-        evaluated = tokenize(eval_rows, tokenizer, prompt, length, data.num_proc, eval_file.path.name, scoring=True)
-    memory = None
-    if args.activation_checkpointing and precision.device == "cuda":
-        memory = FitMemory(run, every_layer=trainer["activation_checkpointing"] != AUTO, cuda_graphs=rules.cuda_graphs)
-    return TrainingPlan(
-        rules=rules,
-        args=args,
-        memory=memory,
-        lora=lora,
-        quant=quant,
-        precision=precision,
-        base=base,
-        tokenizer=tokenizer,
-        prompt=prompt,
-        logger=logger,
-        train_file=train_file,
-        eval_file=eval_file,
-        train=train,
-        eval_rows=eval_rows,
-        eval=evaluated,
-    )
+    """Check everything that can be checked without the model's weights, the cheapest first.
+
+    Args:
+        cfg: the composed conf/train.yaml.
+        run: the run directory; nothing is written to it.
+
+    Raises:
+        UserError: bad input.
+    """
+    pieces = PlanPieces(cfg, run)
+    pieces.take_all()
+    return TrainingPlan(**{field.name: getattr(pieces, field.name) for field in fields(TrainingPlan)})
+
+
+class piece(Generic[T]):  # a decorator, like property
+    """A property that is computed once. An exception is remembered too, and raised on every access without another attempt."""
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self._make = make
+        self.__doc__ = make.__doc__
+
+    def __get__(self, pieces: "PlanPieces", owner: type) -> T:
+        name = self._make.__name__
+        if name not in pieces.made:
+            try:
+                pieces.made[name] = self._make(pieces), None
+            except Exception as error:  # raised below, and to everything else that reads this piece
+                pieces.made[name] = None, error
+        value, failure = pieces.made[name]
+        if failure is not None:
+            raise failure
+        return value
+
+
+class PlanPieces:
+    """The pieces of a training plan, each made when it is first read. Reading one raises UserError if its input is bad.
+
+    Args:
+        cfg: the composed configuration of a command whose groups are those of conf/train.yaml.
+        run: where training would write.
+        own_keys: the command's own top-level keys, which conf/train.yaml does not have.
+        asks_gpu: whether this machine's GPU counts. False leaves it untouched, and plans nothing that depends on it: whether there is one,
+            whether it has bfloat16, and whether the weights fit.
+    """
+
+    def __init__(self, cfg: DictConfig, run: Run, own_keys: Collection[str] = (), asks_gpu: bool = True) -> None:
+        self.cfg = cfg
+        self.run = run
+        self.made: dict[str, tuple[Any, Exception | None]] = {}
+        self._own_keys = own_keys
+        self._asks_gpu = asks_gpu
+
+    def take_all(self) -> None:
+        """Make every piece, in ORDER; the first bad one raises UserError."""
+        for name in ORDER:
+            getattr(self, name)
+
+    def take_configuration(self) -> None:
+        """Make the pieces that the configuration alone decides; the first bad one raises UserError."""
+        for name in CONFIGURATION:
+            getattr(self, name)
+
+    # --- What the configuration alone decides ---
+
+    @piece
+    def values(self) -> dict[str, Any]:
+        """The groups and top-level keys as built-in types."""
+        from intern.config.build import plain
+
+        return {name: value for name, value in plain(self.cfg).items() if name not in self._own_keys}
+
+    @piece
+    def value_rules(self) -> None:
+        """The rules that the values must keep (intern/training/rules.py)."""
+        from intern.training.rules import check_values
+
+        check_values(self.values)
+
+    @piece
+    def logger(self) -> dict[str, Any]:
+        """The values of conf/logger; empty for none."""
+        from intern.training.trackers import check_logger
+
+        return check_logger(self.cfg.logger)
+
+    @piece
+    def rules(self) -> "StepRules":
+        """Our own keys of conf/trainer."""
+        from intern.training.trainer import build_rules
+
+        return build_rules(self.cfg.trainer)
+
+    @piece
+    def lora(self) -> "LoraConfig":
+        """The adapter's configuration."""
+        from intern.model.lora import build_lora
+
+        return build_lora(self.cfg.lora)
+
+    @piece
+    def quant(self) -> "BitsAndBytesConfig | None":
+        """The quantization of the base model."""
+        from intern.model.quant import build_quant
+
+        return build_quant(self.cfg.quant)
+
+    @piece
+    def data(self) -> "DataConfig":
+        """The values of conf/data."""
+        from intern.config.build import build, plain
+        from intern.data.settings import DataConfig
+
+        return build(DataConfig, plain(self.cfg.data), "data")
+
+    @piece
+    def trainer(self) -> dict[str, Any]:
+        """The values of conf/trainer."""
+        from intern.config.build import plain
+
+        return plain(self.cfg.trainer)
+
+    @piece
+    def on_cpu(self) -> bool:
+        """Whether training is configured to run on the CPU."""
+        return bool(self.trainer.get("use_cpu"))
+
+    @piece
+    def configured_args(self) -> "SFTConfig":
+        """TRL's arguments as configured; those of a CPU if no precision can be planned, which is an error of `precision` alone."""
+        import torch
+
+        from intern.model.precision import Precision
+        from intern.training.trainer import build_training_args
+
+        try:
+            precision = self.precision
+        except UserError:
+            precision = Precision("cpu", torch.float32, fp16=False, bf16=False)
+        evaluates = bool(self.data.eval_file)
+        return build_training_args(self.cfg.trainer, self.run, precision, self.cfg.seed, evaluates=evaluates)
+
+    # --- What files, machine and model decide ---
+
+    @piece
+    def train_file(self) -> "DataFile":
+        """The training file, found."""
+        from intern.data.files import DataFile
+
+        return DataFile.find(self.data.train_file, "data.train_file")
+
+    @piece
+    def eval_file(self) -> "DataFile | None":
+        """The file of golden rows, found."""
+        from intern.data.files import DataFile
+
+        return DataFile.find(self.data.eval_file, "data.eval_file") if self.data.eval_file else None
+
+    @piece
+    def precision(self) -> "Precision":
+        """What training computes in: on this machine, or on a CPU if the GPU does not count."""
+        import torch
+
+        from intern.model.precision import Precision, check_training_precision, plan_training
+
+        compute_dtype = self.quant.bnb_4bit_compute_dtype if self.quant is not None else None
+        keys = self.on_cpu, self.trainer.get("fp16"), self.trainer.get("bf16"), compute_dtype
+        if self._asks_gpu or self.on_cpu:
+            return plan_training(*keys)
+        check_training_precision(*keys)
+        return Precision("cpu", torch.float32, fp16=False, bf16=False)
+
+    @piece
+    def base(self) -> "Base":
+        """The base model, found; without weights."""
+        from intern.model.base import Base
+
+        return Base(self.cfg.model)
+
+    @piece
+    def room_for_weights(self) -> None:
+        """Raises UserError if the weights alone are too large for the device."""
+        if self._asks_gpu or self.on_cpu:
+            self.base.check_fit(self.quant, self.precision)
+
+    @piece
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The base model's tokenizer."""
+        return self.base.tokenizer()
+
+    @piece
+    def shape(self) -> "Shape":
+        """The base model without weights."""
+        from intern.training.model_rules import Shape
+
+        return Shape(self.base.config, self.base.skeleton, self.tokenizer)
+
+    @piece
+    def model_rules(self) -> None:
+        """The rules that the values must keep with this model (intern/training/model_rules.py)."""
+        from intern.training.model_rules import check_model_rules
+
+        check_model_rules(self.values, self.shape)
+
+    @piece
+    def adapter_rules(self) -> None:
+        """The rules that the adapter must keep with this model (intern/training/model_rules.py)."""
+        from intern.training.model_rules import check_adapter_rules
+
+        check_adapter_rules(self.shape, self.lora)
+
+    @piece
+    def args(self) -> "SFTConfig":
+        """TRL's arguments, without padding if this model can do without."""
+        from intern.training.model_rules import batches_need_no_padding
+
+        args = copy.copy(self.configured_args)
+        args.padding_free = args.padding_free or batches_need_no_padding(self.values, lambda: self.shape)
+        return args
+
+    @piece
+    def prompt(self) -> "Prompt":
+        """The prompt of the tokenizer's own chat template."""
+        from intern.data.prompt import Prompt
+
+        return Prompt.from_tokenizer(self.tokenizer, self.data.system_prompt, self.data.context)
+
+    @piece
+    def memory(self) -> "FitMemory | None":
+        """What decides on a GPU which layers recompute their activations; None with trainer.activation_checkpointing=false."""
+        from intern.memory.callback import FitMemory
+        from intern.training.trainer import AUTO
+
+        if not self.args.activation_checkpointing or self.precision.device != "cuda":
+            return None
+        every_layer = self.trainer["activation_checkpointing"] != AUTO
+        return FitMemory(self.run, every_layer=every_layer, cuda_graphs=self.rules.cuda_graphs)
+
+    # --- The rows ---
+
+    @piece
+    def train_rows(self) -> "Dataset":
+        """The training rows as text."""
+        return self._read(self.train_file)
+
+    @piece
+    def eval_rows(self) -> "Dataset | None":
+        """The golden rows as text."""
+        return self._read(self.eval_file) if self.eval_file is not None else None
+
+    @piece
+    def train(self) -> "Tokenized":
+        """The training rows as tokens."""
+        return self._tokenize(self.train_rows, self.train_file, scoring=False)
+
+    @piece
+    def eval(self) -> "Tokenized | None":
+        """The golden rows as tokens."""
+        if self.eval_rows is None or self.eval_file is None:
+            return None
+        return self._tokenize(self.eval_rows, self.eval_file, scoring=True)
+
+    def _read(self, file: "DataFile") -> "Dataset":
+        from intern.data.files import read_rows
+
+        return read_rows(file, needs_material=self.data.context != "never")
+
+    def _tokenize(self, rows: "Dataset", file: "DataFile", scoring: bool) -> "Tokenized":
+        from intern.data.files import tokenize
+
+        length = int(self.trainer["max_length"])
+        with progress_bars(len(rows)):
+            return tokenize(rows, self.tokenizer, self.prompt, length, self.data.num_proc, file.path.name, scoring)

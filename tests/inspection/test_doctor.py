@@ -19,6 +19,7 @@ from helpers import ROOT
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError
 from hydra import compose, initialize_config_dir
+from intern.inspection.context import Facts
 from transformers import AutoConfig
 
 import intern.training.finetune  # noqa: F401  # loads every library before a test puts a GPU in front of them
@@ -26,7 +27,6 @@ from intern import doctor as command
 from intern.errors import UserError
 from intern.hardware import available_memory, runs_architectures
 from intern.inspection.check import AMBER, GREEN, RED
-from intern.inspection.context import Facts
 from intern.inspection.doctor import CHECKS, diagnose, run_check
 from intern.inspection.installation import missing_weights, requirements
 from intern.memory.estimate import Shape, training_peak

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from helpers import ROOT
 from hydra import compose, initialize_config_dir
+from intern.inspection.row_checks import NEAR, check_packing, check_tokens
+from intern.inspection.token_view import page, plain_rows, show_rows
 from rich.console import Console
 
 from intern import preview as command
@@ -23,8 +25,6 @@ from intern.errors import UserError
 from intern.inspection.check import AMBER, GREEN, RED
 from intern.inspection.near_duplicates import NearTexts, words
 from intern.inspection.preview import examine, look, prepare
-from intern.inspection.row_checks import NEAR, check_packing, check_tokens
-from intern.inspection.token_view import page, plain_rows, show_rows
 from intern.paths import CONF_DIR
 from intern.runs.directory import Run
 from intern.training.plan import build_plan
