@@ -133,6 +133,7 @@ def check_precision(pieces: DoctorPieces) -> Check:
     """Show what this configuration computes in on this machine."""
     import torch
 
+    _ = pieces.precision_rules
     if not pieces.on_cpu and not torch.cuda.is_available():
         raise SkippedError("GPU")
     plan = pieces.precision

@@ -37,7 +37,17 @@ T = TypeVar("T")
 CONFIGURATION = ("value_rules", "logger", "rules", "lora", "quant", "data", "configured_args")
 ORDER = (
     *CONFIGURATION,
-    *("train_file", "eval_file", "precision", "base", "room_for_weights", "tokenizer", "model_rules", "adapter_rules"),
+    *(
+        "train_file",
+        "eval_file",
+        "precision_rules",
+        "precision",
+        "base",
+        "room_for_weights",
+        "tokenizer",
+        "model_rules",
+        "adapter_rules",
+    ),
     *("args", "prompt", "train_rows", "eval_rows", "train", "eval", "memory"),
 )
 
@@ -227,17 +237,21 @@ class PlanPieces:
         return DataFile.find(self.data.eval_file, "data.eval_file") if self.data.eval_file else None
 
     @piece
+    def precision_rules(self) -> None:
+        """The rules that the keys of the precision must keep on any machine."""
+        from intern.model.precision import check_training_precision
+
+        check_training_precision(*self._precision_keys)
+
+    @piece
     def precision(self) -> "Precision":
         """What training computes in: on this machine, or on a CPU if the GPU does not count."""
         import torch
 
-        from intern.model.precision import Precision, check_training_precision, plan_training
+        from intern.model.precision import Precision, plan_training
 
-        compute_dtype = self.quant.bnb_4bit_compute_dtype if self.quant is not None else None
-        keys = self.on_cpu, self.trainer.get("fp16"), self.trainer.get("bf16"), compute_dtype
         if self._asks_gpu or self.on_cpu:
-            return plan_training(*keys)
-        check_training_precision(*keys)
+            return plan_training(*self._precision_keys)
         return Precision("cpu", torch.float32, fp16=False, bf16=False)
 
     @piece
@@ -305,6 +319,11 @@ class PlanPieces:
             return None
         every_layer = self.trainer["activation_checkpointing"] != AUTO
         return FitMemory(self.run, every_layer=every_layer, cuda_graphs=self.rules.cuda_graphs)
+
+    @property
+    def _precision_keys(self) -> tuple[bool, bool | None, bool | None, Any]:
+        compute_dtype = self.quant.bnb_4bit_compute_dtype if self.quant is not None else None
+        return self.on_cpu, self.trainer.get("fp16"), self.trainer.get("bf16"), compute_dtype
 
     # --- The rows ---
 

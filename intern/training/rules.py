@@ -275,5 +275,7 @@ def _values(cfg: Groups) -> list[tuple[str, Any]]:
 def _words(interval: str) -> str:
     """ "[0, 1)" -> "at least 0 and below 1"."""
     low, high = (end.strip() for end in interval[1:-1].split(","))
+    if interval[0] == "[" and interval[-1] == "]":
+        return f"between {low} and {high}"
     words = f"{'at least' if interval[0] == '[' else 'above'} {low}"
-    return words if high == "inf" else f"{words} and {'at most' if interval[-1] == ']' else 'below'} {high}"
+    return words if high == "inf" else f"{words} and below {high}"
