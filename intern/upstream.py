@@ -491,7 +491,7 @@ TABLE = (
         (
             "intern.kernels.lora_linear:_weight",
             "intern.kernels.lora_linear:_is_plain",
-            "intern.inspection.context:Facts.peak",
+            "intern.inspection.doctor_pieces:DoctorPieces.peak",
         ),
         "keeps lora_A, lora_B, r, scaling, lora_dropout and lora_variant by the adapter's name",
         "loud",
@@ -635,7 +635,10 @@ TABLE = (
     ),
     Upstream(
         "huggingface_hub.constants:HF_HUB_OFFLINE",
-        ("intern.inspection.context:Facts.online", "intern.inspection.context:Facts.leave_network"),
+        (
+            "intern.inspection.doctor_pieces:DoctorPieces.online",
+            "intern.inspection.doctor_pieces:DoctorPieces.restore_network",
+        ),
         "is read at every request",
         "silent: the doctor waits for a hub that does not answer",
     ),

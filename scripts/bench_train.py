@@ -195,11 +195,12 @@ def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: A
     from peft import LoraConfig
     from trl import SFTConfig
 
+    from intern.model.attention import choose_attention
     from intern.model.base import Base
     from intern.model.precision import Precision
     from intern.model.quant import build_quant
     from intern.training.arguments import StepRules
-    from intern.training.rules import Shape, batches_need_no_padding
+    from intern.training.model_rules import batches_need_no_padding
     from intern.training.trainer import InternTrainer
 
     node = {"pretrained_model_name_or_path": str(args.checkpoint), "attn_implementation": "isolated"}
@@ -207,8 +208,9 @@ def _ours(args: Any, common: dict[str, Any], dtype: Any, rows: Any, tokenizer: A
     quant = build_quant(OmegaConf.create(_quantization(dtype)))
     device = "cpu" if common["use_cpu"] else "cuda"
     model = base.load(quant, Precision(device, dtype, common["fp16"], common["bf16"]))
-    shape = Shape(base.config, base.skeleton, tokenizer)
-    common["padding_free"] = batches_need_no_padding({"model": node, "trainer": common}, lambda: shape)
+    common["padding_free"] = batches_need_no_padding(
+        {"model": node, "trainer": common}, lambda: choose_attention(base.config, "isolated", common["max_length"])
+    )
     config = SFTConfig(
         **common,
         activation_checkpointing=checkpointing,

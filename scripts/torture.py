@@ -32,9 +32,9 @@ from omegaconf import DictConfig
 
 from intern.display.table import show
 from intern.errors import UserError
+from intern.inspection.resume_check import diff_runs
 from intern.paths import CONF_DIR
 from intern.runs.directory import Run, resolve
-from intern.verify import compare
 
 STEPS, SAVE = 12, 3
 KINDS = ("file", "half", "time")
@@ -199,7 +199,7 @@ def main() -> None:
                 lost, worst = lost + again, max(worst, again)
             elif code != 0:
                 sys.exit(f"{run.path}: training ended with exit code {code}: see {log}")
-        faults += [f"{run.path}: {part.name} differs" for part in compare(reference, run, STEPS) if part.differ]
+        faults += [f"{run.path}: {part.name} differs" for part in diff_runs(reference, run, STEPS) if part.differ]
         leftovers = [path.name for path in run.path.iterdir() if path.name.startswith(".")]
         faults += [f"{run.path}: {name} was left behind" for name in leftovers]
     show(

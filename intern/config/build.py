@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from pydantic import TypeAdapter, ValidationError
 
 from intern.config.suggestions import unknown
@@ -22,16 +23,28 @@ def literal_text(text: str) -> str:
 
 
 def plain(node: DictConfig | None) -> dict[str, Any]:
-    """The node as built-in types, interpolations resolved: a leftover ListConfig breaks what libraries write to JSON."""
-    values = OmegaConf.to_container(node, resolve=True) if node is not None else {}
+    """Return the node as built-in types with interpolations resolved: libraries cannot write a ListConfig to JSON.
+
+    Raises:
+        UserError: an interpolation of a key that is not there.
+    """
+    try:
+        values = OmegaConf.to_container(node, resolve=True) if node is not None else {}
+    except InterpolationResolutionError as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}: give a value instead") from error
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def build(cls: type[T], values: dict[str, Any], group: str) -> T:
-    """`cls(**values)`, its names and types checked first.
+    """Return `cls(**values)` after checking names and types.
+
+    Args:
+        cls: a library's class, or a dataclass of our own.
+        values: its keyword arguments.
+        group: the configuration group, for messages.
 
     Raises:
-        UserError: a key that `cls` does not take, a value of the wrong type, or one that `cls` refuses; names the group and key.
+        UserError: a key that `cls` does not have, a value of the wrong type, or one that `cls` rejects; names the group and key.
     """
     check_names(values, _parameters(cls), group)
     try:
@@ -43,16 +56,19 @@ def build(cls: type[T], values: dict[str, Any], group: str) -> T:
         raise UserError(f"{key}{value}: {_complaint(fault)}") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{group}: {' '.join(str(error).split())}") from error
-    for key, value in values.items():  # "no" in quotes is text: what else reads the raw value would take it for true
+    for (
+        key,
+        value,
+    ) in values.items():  # "no" in quotes is text, which everything that reads the raw value would take as true
         if isinstance(value, str) and isinstance(getattr(built, key, None), bool | int | float):
             raise UserError(
-                f"{group}.{key}={value!r}: text where a number, true or false is meant: leave out the quotes"
+                f"{group}.{key}={value!r}: is text, but a number, true or false is expected: remove the quotes"
             )
     return built
 
 
 def _complaint(fault: Mapping[str, Any]) -> str:
-    """pydantic's finding in our words."""
+    """Return pydantic's finding in our words."""
     kind = str(fault["type"]).split("_")[0]
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
     if kind in words:
@@ -64,14 +80,14 @@ def _complaint(fault: Mapping[str, Any]) -> str:
 
 
 def check_names(values: Iterable[str], known: Iterable[str], group: str = "") -> None:
-    """Raises UserError for the first key that is not known, with the nearest right name."""
+    """Raise UserError for the first unknown key, with the most similar known one."""
     for key in values:
         if key not in known:
             raise UserError(unknown(key, known, group))
 
 
 def _is_plain_dataclass(cls: type) -> bool:
-    """Whether the class has a dataclass's own constructor: some libraries decorate classes that then write their own."""
+    """Return whether the class has a dataclass's own constructor: some libraries decorate classes that define another one."""
     return dataclasses.is_dataclass(cls) and [
         field.name for field in dataclasses.fields(cls) if field.init
     ] == _parameters(cls)

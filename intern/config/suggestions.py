@@ -1,4 +1,4 @@
-"""Names of configuration keys: the nearest right one for a wrong one, and the file that a value comes from."""
+"""Names of configuration keys: the most similar known key for an unknown one, and the file that sets a key."""
 
 import difflib
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-# What other tools call a key that has another name here.
+# Keys that other tools call by another name.
 _ELSEWHERE = {
     "rank": "r",
     "alpha": "lora_alpha",
@@ -25,32 +25,38 @@ _KEY = re.compile(r"([a-z_]+)(?:\.([A-Za-z0-9_]+))?(?=[=:. ]|$)")
 
 
 def unknown(key: str, known: Iterable[str], group: str = "") -> str:
-    """What to say of a key that is not among the known ones: "lora.rr: unknown key; did you mean lora.r?"."""
+    """Return the message for an unknown key: "lora.rr: unknown key; did you mean lora.r?".
+
+    Args:
+        key: the unknown key, without its group.
+        known: the keys that its group has.
+        group: the group; "" for top-level keys.
+    """
     names = sorted(known)
     prefix = f"{group}." if group else ""
     near = [_ELSEWHERE[key]] if _ELSEWHERE.get(key) in names else difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     if near:
         return f"{prefix}{key}: unknown key; did you mean {prefix}{near[0]}?"
     if len(names) <= _SHOWN:
-        return f"{prefix}{key}: unknown key; known are {', '.join(names)}"
-    return f"{prefix}{key}: unknown key; conf/{group}/ shows the usual ones"
+        return f"{prefix}{key}: unknown key; the known keys are {', '.join(names)}"
+    return f"{prefix}{key}: unknown key; see conf/{group}/ for the usual ones"
 
 
 def with_origin(message: str, overrides: Sequence[str], choices: Mapping[str, Any], folders: Sequence[Path]) -> str:
-    """A message that begins with a configuration key, with the place where that key was set at its end.
+    """Return a message that begins with a configuration key, with the place where the key was set appended.
 
     Args:
-        message: an error's text; one that begins with something else stays as it is.
-        overrides: what stands on the command line, such as "lora.r=8".
-        choices: the option of each group, such as {"lora": "qkvo"}.
-        folders: where configuration files are looked up, the first one first.
+        message: an error's text; if it begins with anything else, it is returned unchanged.
+        overrides: of the command line, such as "lora.r=8".
+        choices: the chosen option of each group, such as {"lora": "qkvo"}.
+        folders: where configuration files are searched, in this order.
     """
     found = _KEY.match(message)
     if found is None:
         return message
     group, name = (found[1], found[2]) if found[2] else ("", found[1])
     if (group or name) not in choices and name != "seed":
-        return message  # of a command's own keys, such as run_dir, there is no other place
+        return message  # a command's own keys, such as run_dir, are set nowhere else
     if any(text.partition("=")[0].lstrip("+~") == found[0] for text in overrides):
         return f"{message} (set on the command line)"
     for place in _files(group, choices):
@@ -61,7 +67,7 @@ def with_origin(message: str, overrides: Sequence[str], choices: Mapping[str, An
 
 
 def _files(group: str, choices: Mapping[str, Any]) -> list[str]:
-    """The files that can have set a key of a group, those that win first."""
+    """Return the files that can set a key of a group, those that take precedence first."""
     experiment = choices.get("experiment")
     return [
         *([f"experiment/{experiment}.yaml"] if experiment else []),
@@ -70,7 +76,7 @@ def _files(group: str, choices: Mapping[str, Any]) -> list[str]:
 
 
 def _setter(file: Path, group: str, name: str) -> Path | None:
-    """The configuration file that gives the key a value: this one, or a neighbour that it builds upon."""
+    """Return the file that sets the key: this one, or a file in the same folder that it builds on."""
     content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     values = (content.get(group) or {}) if file.parent.name == "experiment" and group else content
     if name in values:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from intern.data.files import cache_errors, quiet
 from intern.data.prompt import LossOn, Prompt
 from intern.data.truncation import RULE
+from intern.display.progress import LONG_DATA
 from intern.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ _TOKENS = Features(
 )
 _FORM = 2  # of cached tokens: raised with every change of how rows are rendered that no other part of the key shows
 _ROWS_PER_PROCESS = 20_000  # below this a process costs more than it saves
-_LONG_DATA = 20_000  # rows from which tokenizing is worth a progress bar
 _BATCH = 1_000  # rows tokenized at a time
 _NAMED = 5  # rows that a warning names
 
@@ -100,7 +100,7 @@ def tokenize(
         }
 
     key = [rows._fingerprint, prompt.to_json(), identity(tokenizer), max_length, scoring, loss_on, RULE, _FORM]
-    with quiet(len(rows) < _LONG_DATA), cache_errors():
+    with quiet(len(rows) < LONG_DATA), cache_errors():
         tokens = rows.map(
             encode,
             batched=True,

@@ -12,14 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 GREY, BLUE, ORANGE = "#8b95a1", "#1f6feb", "#d97706"
-_MOST_LINES = 8  # that can be told apart
+_MOST_LINES = 8  # whose colors can be told apart
 Point = tuple[float, float | None, float | None]  # a score and its interval's bounds
 
 
 def plot_loss(history: list[dict[str, Any]], target: Path, best_step: int | None = None) -> None:
-    """Draws training loss and, where it was measured during training, the golden rows' loss against optimizer steps (nats a token).
+    """Draw the training loss and, if measured during training, the golden rows' loss against optimizer steps (nats per token).
 
-    The token F1 of answers, where it was measured, has the scale on the right; a line stands at the step whose weights were kept.
+    The token F1 of answers, if measured, has its scale on the right; a vertical line marks the step whose weights were kept.
+
+    Args:
+        history: the lines of history.jsonl.
+        target: the PNG file.
+        best_step: the step whose weights were kept; None for the last one.
     """
     figure, axes = _figure(7, 4)
     for name, label, style in (("loss", "training rows", "-"), ("eval_loss", "golden rows", "o-")):
@@ -39,7 +44,7 @@ def plot_loss(history: list[dict[str, Any]], target: Path, best_step: int | None
         label = f"kept: step {best_step}"
         handles.append(axes.axvline(best["optimizer_steps"], color="0.4", linestyle=":", label=label))
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("loss on answers (nats a token)")
+    axes.set_ylabel("loss on answers (nats per token)")
     axes.set_ylim(bottom=0)
     if handles:
         axes.legend(handles=handles, frameon=False)
@@ -47,10 +52,10 @@ def plot_loss(history: list[dict[str, Any]], target: Path, best_step: int | None
 
 
 def plot_sweep(points: list[tuple[float, int, float]], target: Path) -> None:
-    """Draws the score (lower is better, nats a token) against the rank, a line for each learning rate; of many rates, coloured points.
+    """Draw the score (lower is better, nats per token) against the rank: a line per learning rate, or colored points if there are many.
 
     Args:
-        points: learning rate, rank and score of each run; runs that share rate and rank give the line their mean.
+        points: learning rate, rank and score of each run; runs with the same rate and rank are averaged.
         target: the PNG file.
     """
     figure, axes = _figure(7, 4)
@@ -63,27 +68,33 @@ def plot_sweep(points: list[tuple[float, int, float]], target: Path) -> None:
             axes.plot(*zip(*means, strict=True), "o-", label=f"{rate:g}")
         axes.legend(title="learning rate", frameon=False)
     else:
-        colours, along, scored = zip(*points, strict=True)
-        figure.colorbar(axes.scatter(along, scored, c=colours, norm="log"), label="learning rate")
+        colors, along, scored = zip(*points, strict=True)
+        figure.colorbar(axes.scatter(along, scored, c=colors, norm="log"), label="learning rate")
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.minorticks_off()
     axes.set_xlabel("rank (lora.r)")
-    axes.set_ylabel("loss on answers (nats a token)")
+    axes.set_ylabel("loss on answers (nats per token)")
     _save(figure, target)
 
 
 def plot_lengths(histogram: np.ndarray, max_length: int, target: Path) -> None:
-    """Draws how many rows are how many tokens long (histogram[n] rows of n tokens), beside the length that rows are cut to."""
+    """Draw a histogram of row lengths, with the length that rows are cut to.
+
+    Args:
+        histogram: histogram[n] rows have n tokens.
+        max_length: trainer.max_length.
+        target: the PNG file.
+    """
     figure, axes = _figure(7, 4)
     lengths = np.flatnonzero(histogram)
     axes.hist(lengths, bins=min(60, int(lengths[-1] - lengths[0]) + 1), weights=histogram[lengths])
-    if lengths[-1] > max_length / 2:  # else the line would squeeze the rows into a corner
+    if lengths[-1] > max_length / 2:  # otherwise the line would squeeze the rows into a corner
         axes.axvline(max_length, color="tab:red", linestyle="--", label=f"trainer.max_length={max_length:,}")
         axes.legend(frameon=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("tokens of a training row")
+    axes.set_xlabel("tokens per training row")
     axes.set_ylabel("rows")
     _save(figure, target)
 
@@ -91,11 +102,13 @@ def plot_lengths(histogram: np.ndarray, max_length: int, target: Path) -> None:
 def plot_scores(
     panels: dict[str, dict[str, list[Point | None]]], groups: list[str], percent: list[str], target: Path
 ) -> None:
-    """One panel a score: for each group of rows a point and its 95 % interval for each model.
+    """Draw one panel per score: for each group of rows a point with its 95 % confidence interval per model.
 
     Args:
         panels: by score, by model, a point for each of `groups`.
-        percent: scores that are shares.
+        groups: the names of the groups of rows.
+        percent: scores that are fractions.
+        target: the PNG file.
     """
     figure = Figure(figsize=(2.2 + 2.3 * len(panels), 1.3 + 0.55 * len(groups)), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
@@ -103,10 +116,10 @@ def plot_scores(
     for axes, (score, models) in zip(row, panels.items(), strict=True):
         _tidy(axes)
         axes.grid(visible=False, axis="y")
-        for offset, colour, (model, points) in zip((-0.14, 0.14), (GREY, BLUE), models.items(), strict=True):
+        for offset, color, (model, points) in zip((-0.14, 0.14), (GREY, BLUE), models.items(), strict=True):
             for index, point in enumerate(points):
                 if point is not None:
-                    _with_interval(axes, point, index + offset, colour, model if index == 0 else None)
+                    _with_interval(axes, point, index + offset, color, model if index == 0 else None)
         axes.set_title(score, fontsize=10)
         axes.set_xlim(left=0)
         if score in percent:
@@ -119,11 +132,11 @@ def plot_scores(
 
 
 def plot_rows(kinds: dict[str, list[tuple[float, float]]], names: tuple[str, str], what: str, target: Path) -> None:
-    """Each golden row as a point: its loss by the first model against its loss by the second one; below the line is better."""
+    """Draw each golden row as a point: its loss with the first model against its loss with the second one; below the line is better."""
     figure, axes = _figure(5.4, 5)
-    for (kind, points), colour in zip(kinds.items(), (BLUE, ORANGE, GREY), strict=False):
+    for (kind, points), color in zip(kinds.items(), (BLUE, ORANGE, GREY), strict=False):
         first, second = zip(*points, strict=True)
-        axes.scatter(first, second, s=22, color=colour, alpha=0.65, linewidths=0, label=f"{kind} ({len(points)})")
+        axes.scatter(first, second, s=22, color=color, alpha=0.65, linewidths=0, label=f"{kind} ({len(points)})")
     most = max((value for points in kinds.values() for point in points for value in point), default=1) * 1.05
     axes.plot([0, most], [0, most], color="#444", linewidth=0.8, zorder=0)
     axes.text(
@@ -147,7 +160,7 @@ def plot_rows(kinds: dict[str, list[tuple[float, float]]], names: tuple[str, str
 
 
 def plot_changes(changes: list[tuple[str, Point]], what: str, target: Path) -> None:
-    """A bar of 95 % for each topic's change, the largest fall first."""
+    """Draw the change of each topic with its 95 % confidence interval, the largest decrease first."""
     figure, axes = _figure(7.4, 1.1 + 0.21 * len(changes))
     for index, (_, point) in enumerate(changes):
         _with_interval(axes, point, index, BLUE, None)
@@ -159,7 +172,7 @@ def plot_changes(changes: list[tuple[str, Point]], what: str, target: Path) -> N
 
 
 def plot_curves(curves: dict[str, list[tuple[float, float]]], best: str | None, target: Path) -> None:
-    """Training loss of some runs against optimizer steps; the best run is drawn on top of the others."""
+    """Draw the training loss of some runs against optimizer steps, with the best run on top of the others."""
     figure, axes = _figure(7.4, 4.4)
     for name, points in curves.items():
         chosen = name == best
@@ -172,7 +185,7 @@ def plot_curves(curves: dict[str, list[tuple[float, float]]], best: str | None, 
             label=f"{name} (best)" if chosen else name,
         )
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("training loss (nats a token)")
+    axes.set_ylabel("training loss (nats per token)")
     if 0 < len(curves) <= 12:
         axes.legend(frameon=False, fontsize=8)
     _save(figure, target)
@@ -181,21 +194,25 @@ def plot_curves(curves: dict[str, list[tuple[float, float]]], best: str | None, 
 def plot_points(
     points: list[tuple[float, Point, bool]], x_label: str, y_label: str, target: Path, doubling: bool = False
 ) -> None:
-    """Runs as points with their intervals; the best one (True) stands out.
+    """Draw runs as points with their confidence intervals; the best one is highlighted.
 
     Args:
-        doubling: the horizontal axis doubles from mark to mark, as ranks do.
+        points: position on the horizontal axis, score with its interval, and whether the run is the best, for each run.
+        x_label: of the horizontal axis.
+        y_label: of the vertical axis.
+        target: the PNG file.
+        doubling: whether the horizontal axis is logarithmic to base 2, for ranks.
     """
     figure, axes = _figure(6.4, 4.2)
     for x, (y, low, high), chosen in sorted(points, key=lambda one: one[2]):
-        colour = BLUE if chosen else GREY
+        color = BLUE if chosen else GREY
         if low is not None and high is not None:
-            axes.plot([x, x], [low, high], color=colour, linewidth=1.4, alpha=0.8)
+            axes.plot([x, x], [low, high], color=color, linewidth=1.4, alpha=0.8)
         axes.plot(
             x,
             y,
             "o",
-            color=colour,
+            color=color,
             markersize=8 if chosen else 5.5,
             alpha=1 if chosen else 0.75,
             label="best run" if chosen else None,
@@ -213,11 +230,11 @@ def plot_points(
     _save(figure, target)
 
 
-def _with_interval(axes: Axes, point: Point, height: float, colour: str, label: str | None) -> None:
+def _with_interval(axes: Axes, point: Point, height: float, color: str, label: str | None) -> None:
     value, low, high = point
     if low is not None and high is not None:
-        axes.plot([low, high], [height, height], color=colour, linewidth=1.8, solid_capstyle="butt")
-    axes.plot(value, height, "o", color=colour, markersize=5.5, label=label, clip_on=False)
+        axes.plot([low, high], [height, height], color=color, linewidth=1.8, solid_capstyle="butt")
+    axes.plot(value, height, "o", color=color, markersize=5.5, label=label, clip_on=False)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -237,14 +254,17 @@ def _tidy(axes: Axes) -> None:
 def _save(figure: Figure, target: Path) -> None:
     draft = target.with_name(f".{target.name}")
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing"
-        )  # names in scripts that the font lacks: drawn as boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # letters that the font lacks are drawn as boxes
         figure.savefig(draft, format="png")
     draft.replace(target)
 
 
 def labels(names: Sequence[str], most: int) -> list[str]:
-    """Somebody's names as they fit beside a plot; a dollar sign opens no formula."""
+    """Return user-supplied names as they fit next to a plot; a dollar sign starts no formula.
+
+    Args:
+        names: of runs or topics.
+        most: characters that are shown.
+    """
     short = [name if len(name) <= most else f"{name[: most - 1]}…" for name in names]
     return ["".join(c if c.isprintable() else " " for c in name).replace("$", "\\$") for name in short]

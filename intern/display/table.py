@@ -1,9 +1,10 @@
 """Rows -> a table on standard output: drawn to fit a terminal, Markdown in a pipe."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
@@ -46,15 +47,38 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) 
     sys.stdout.write(markdown(columns, rows, texts))
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+def terminal_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1, last_is_text: bool = False
+) -> Table:
+    """Return a light table for a terminal, whose cells are never read as rich's markup.
+
+    Args:
+        columns, rows, texts: as for `show`.
+        last_is_text: whether the last column is text too.
+    """
+    table = Table(box=box.SIMPLE_HEAD)
+    for column, is_text in zip(columns, _are_texts(columns, texts, last_is_text), strict=True):
+        table.add_column(column, justify="left" if is_text else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    return table
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1, last_is_text: bool = False) -> str:
     """Return the table as Markdown. No cell leaves its place; what else is Markdown in a cell takes effect.
 
     Args:
         columns, rows, texts: as for `show`.
+        last_is_text: whether the last column is text too.
     """
     lines = [[visible(cell).replace("|", "\\|") for cell in row] for row in (columns, *rows)]
-    lines.insert(1, ["---"] * texts + ["---:"] * (len(columns) - texts))
+    lines.insert(1, ["---" if is_text else "---:" for is_text in _are_texts(columns, texts, last_is_text)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _are_texts(columns: Sequence[str], texts: int, last_is_text: bool) -> list[bool]:
+    last = len(columns) - 1
+    return [index < texts or (last_is_text and index == last) for index in range(len(columns))]
 
 
 def natural_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:

@@ -21,6 +21,11 @@ def visible(text: str) -> str:
     return "".join(_escape(c) if c in _BIDI or unicodedata.category(c) in _HIDDEN else c for c in text)
 
 
+def printable(text: str) -> str:
+    """Return the text with escapes for characters that control a terminal. Line breaks stay."""
+    return "".join(_escape(c) if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c != "\n" else c for c in text)
+
+
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 

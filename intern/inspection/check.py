@@ -2,7 +2,6 @@
 
 import json
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from intern.display.text import printable
 from intern.errors import RunError
 
 Status = Literal["green", "amber", "red"]
@@ -81,15 +81,6 @@ def show_checks(checks: Sequence[Check], console: Console) -> None:
         table.add_row(Text(check.name), Text(f"● {check.status}", styles[check.status]), told)
     console.print(table)
     console.print(Text(summary))
-
-
-def printable(text: str) -> str:
-    """The text without characters that a terminal would obey: they are written as escapes. Line breaks stay."""
-    return "".join(_escaped(c) if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c != "\n" else c for c in text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def _cell(text: str) -> str:

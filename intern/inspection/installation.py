@@ -1,4 +1,4 @@
-"""What is installed and can be reached: supported versions, model files, network addresses."""
+"""What is installed and what can be reached: supported versions, model files, network addresses."""
 
 import importlib.metadata
 import json
@@ -14,14 +14,14 @@ from packaging.requirements import Requirement
 from intern.errors import UserError
 from intern.paths import PROJECT
 
-_TIMEOUT = 5  # seconds for one question to the network
+_TIMEOUT = 5  # seconds for one network request
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 
 def requirements() -> tuple[str, list[Requirement]]:
-    """What the project supports: its requires-python, and its requirements with those of extras marked.
+    """Return what the project supports: its requires-python, and its requirements, with markers for those of extras.
 
-    A checkout's pyproject.toml speaks for the code beside it, which an installed copy's metadata may not; a wheel has the metadata alone.
+    In a checkout pyproject.toml is read, since the metadata may be those of another installed copy; a wheel has only metadata.
     """
     project = PROJECT / "pyproject.toml"
     if not project.is_file():
@@ -38,17 +38,21 @@ def requirements() -> tuple[str, list[Requirement]]:
 
 
 def missing_weights(name: str, revision: str | None) -> int:
-    """Bytes of safetensors files that a model lacks here and the hub has; 0 where all are here.
+    """Return the bytes of safetensors files that must still be downloaded; 0 if all are here.
+
+    Args:
+        name: a folder, or a model on the hub.
+        revision: a branch, tag or commit; None for the main branch.
 
     Raises:
-        UserError: they are neither here nor to be had.
+        UserError: they are neither here nor on the hub.
     """
     key = f"model.pretrained_model_name_or_path={short_path(name)}"
     folder = Path(name)
     if folder.is_dir():
         if missing := list(_missing(lambda file: str(folder / file) if (folder / file).is_file() else None)):
             raise UserError(
-                f"{key}: {', '.join(missing[:3])} missing or cut short in this folder: copy or download the model again"
+                f"{key}: {', '.join(missing[:3])} missing or truncated in this folder: copy or download the model again"
             )
         return 0
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
@@ -60,7 +64,7 @@ def missing_weights(name: str, revision: str | None) -> int:
 
     if not list(_missing(cached)):
         return 0
-    absent = "its weights are not in the cache, and the hub cannot be reached: check the network, or give a folder"
+    absent = "its weights are not in the cache, and the hub cannot be reached: check the network, or use a local folder"
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{key}: {absent}")
     api = HfApi()
@@ -68,17 +72,17 @@ def missing_weights(name: str, revision: str | None) -> int:
         api.auth_check(name)
         info = api.model_info(name, revision=revision, files_metadata=True, timeout=_TIMEOUT)
     except GatedRepoError as error:
-        raise UserError(f"{key}: gated: accept its licence on its page, then `hf auth login`") from error
+        raise UserError(f"{key}: gated: accept its license on its page, then run `hf auth login`") from error
     except (HfHubHTTPError, OSError) as error:
         raise UserError(f"{key}: {absent}") from error
     files = [file for file in info.siblings or [] if _WEIGHTS.fullmatch(file.rfilename)]
     if not files:
-        raise UserError(f"{key}: has no safetensors weights: take another copy of the model")
+        raise UserError(f"{key}: has no safetensors weights: use another copy of the model")
     return sum(file.size or 0 for file in files if cached(file.rfilename) is None)
 
 
 def _missing(find: Callable[[str], str | None]) -> Iterator[str]:
-    """The names of weight files that `find` does not find, or that are not whole."""
+    """Yield the names of weight files that `find` does not find, or that are truncated."""
     if (single := find("model.safetensors")) is not None:
         yield from [] if _whole(single) else ["model.safetensors"]
         return
@@ -93,7 +97,7 @@ def _missing(find: Callable[[str], str | None]) -> Iterator[str]:
 
 
 def _whole(path: str) -> bool:
-    """Whether a safetensors file has the length that its header tells of; the weights themselves are not read."""
+    """Return whether a safetensors file has the length that its header states; the weights are not read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -104,7 +108,7 @@ def _whole(path: str) -> bool:
 
 
 def is_installed(name: str) -> bool:
-    """Whether a package is there, in any version."""
+    """Return whether a package is installed, in any version."""
     try:
         importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -113,7 +117,7 @@ def is_installed(name: str) -> bool:
 
 
 def answers(url: str) -> bool:
-    """Whether anything answers at an address, whatever it says."""
+    """Return whether anything answers at a URL, with whatever status."""
     try:
         urllib.request.urlopen(url, timeout=_TIMEOUT).close()
     except urllib.error.HTTPError:
@@ -124,13 +128,13 @@ def answers(url: str) -> bool:
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """Return the path, or the nearest parent folder that exists."""
     path = path.expanduser().absolute()
     return next(one for one in (path, *path.parents) if one.exists())
 
 
 def short_path(path: str) -> str:
-    """A path inside the project or the working directory without what lies above."""
+    """Return a path inside the working directory or the project relative to it; any other path unchanged."""
     for root in (Path.cwd(), PROJECT):
         if Path(path).is_relative_to(root):
             return str(Path(path).relative_to(root))

@@ -1,4 +1,4 @@
-"""Texts -> those that are nearly the same as a given one, by an index of their rarest words."""
+"""Find the texts that are nearly the same as a given one, with an index of their rarest words."""
 
 import math
 import re
@@ -16,11 +16,11 @@ def words(text: str) -> frozenset[str]:
 
 
 class NearTexts:
-    """An index of texts that finds the ones whose words overlap with another text's by a Jaccard index of at least `threshold`.
+    """An index of texts that finds those whose words overlap with another text's by a Jaccard index of at least `threshold`.
 
-    Two such sets of n and m words share a word among the first n - ceil(threshold * n) + 1 of the one and the first
-    m - ceil(threshold * m) + 1 of the other, both in one order (prefix filtering: Chaudhuri et al. 2006, Bayardo et al. 2007). With the
-    rarest words first few texts stand under each of them, so a look-up compares with a handful, not with all.
+    Two such sets of n and m words share a word among the first n - ceil(threshold * n) + 1 of one and the first
+    m - ceil(threshold * m) + 1 of the other, if both are in the same order (prefix filtering: Chaudhuri et al. 2006, Bayardo et al. 2007).
+    In an order with the rarest words first, few texts share an index entry, so a lookup compares with a handful of texts, not with all.
     """
 
     def __init__(self, texts: Sequence[str], threshold: float) -> None:
@@ -34,10 +34,10 @@ class NearTexts:
                 self._index[rank].append(place)
 
     def near(self, text: str) -> list[tuple[int, float]]:
-        """The places of the near texts and their Jaccard index, best first. A text without words is near to none."""
+        """Return the indices of the near texts and their Jaccard index, best first; none for a text without words."""
         mine = words(text)
         known = sorted(self._rank[word] for word in mine if word in self._rank)
-        # Words that no indexed text has are the rarest: they come first in the order, and lead nowhere.
+        # Words that no indexed text has are the rarest: they come first in the order and match nothing.
         prefix = self._prefix(len(mine)) - (len(mine) - len(known))
         candidates = {place for rank in known[: max(prefix, 0)] for place in self._index[rank]}
         found = [(place, self._similarity(mine, self._sets[place])) for place in candidates]

@@ -41,27 +41,16 @@ def plan_training(use_cpu: bool, fp16: bool | None, bf16: bool | None, compute_d
     Raises:
         UserError: no GPU, a precision that the card lacks, or keys that contradict each other.
     """
-    if fp16 and bf16:
-        raise UserError("trainer.fp16 and trainer.bf16 are both true: set one of them to false")
+    check_training_precision(use_cpu, fp16, bf16, compute_dtype)
     if use_cpu:
-        if fp16:
-            raise UserError("trainer.fp16=true needs a GPU: on a CPU take trainer=cpu_min100")
-        if compute_dtype == torch.float16:
-            raise UserError(
-                "quant.bnb_4bit_compute_dtype=float16 would train without loss scaling on a CPU: "
-                "set it to float32 (experiment=tiny_cpu does)"
-            )
         dtype = torch.bfloat16 if bf16 else compute_dtype or torch.float32
         return Precision("cpu", dtype, fp16=False, bf16=bool(bf16))
-    _check_agreement(fp16, bf16, compute_dtype)
     if not torch.cuda.is_available():
-        raise UserError(
-            "no CUDA GPU found, and trainer.use_cpu is false: experiment=tiny_cpu runs the whole pipeline on a CPU"
-        )
+        raise UserError("no CUDA GPU found, and trainer.use_cpu is false: experiment=tiny_cpu runs everything on a CPU")
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 would count as able with emulation
     if bf16 and not has_bf16:
         raise UserError(
-            f"trainer.bf16=true, but {torch.cuda.get_device_name()} has no bfloat16: take trainer=t4_min100 quant=nf4_fp16"
+            f"trainer.bf16=true, but {torch.cuda.get_device_name()} has no bfloat16: use trainer=t4_min100 quant=nf4_fp16"
         )
     if not fp16 and not bf16 and None in (fp16, bf16):
         bf16 = has_bf16 and bf16 is None
@@ -71,13 +60,31 @@ def plan_training(use_cpu: bool, fp16: bool | None, bf16: bool | None, compute_d
     return Precision("cuda", dtype, fp16=bool(fp16), bf16=bool(bf16))
 
 
+def check_training_precision(
+    use_cpu: bool, fp16: bool | None, bf16: bool | None, compute_dtype: torch.dtype | None
+) -> None:
+    """Raise UserError for keys that contradict each other on any machine. The arguments are those of `plan_training`."""
+    if fp16 and bf16:
+        raise UserError("trainer.fp16 and trainer.bf16 are both true: set one of them to false")
+    if not use_cpu:
+        _check_agreement(fp16, bf16, compute_dtype)
+        return
+    if fp16:
+        raise UserError("trainer.fp16=true needs a GPU: use trainer=cpu_min100 on a CPU")
+    if compute_dtype == torch.float16:
+        raise UserError(
+            "quant.bnb_4bit_compute_dtype=float16 would train without loss scaling on a CPU: "
+            "set it to float32 (experiment=tiny_cpu does)"
+        )
+
+
 def _check_agreement(fp16: bool | None, bf16: bool | None, compute_dtype: torch.dtype | None) -> None:
     """Raises UserError where quantized matmuls would compute in another dtype than the rest."""
     dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else None
     if None not in (compute_dtype, dtype) and compute_dtype != dtype:
         wanted, quant = ("fp16", "nf4_fp16") if fp16 else ("bf16", "nf4_bf16")
         name = str(compute_dtype).removeprefix("torch.")
-        raise UserError(f"quant.bnb_4bit_compute_dtype={name} contradicts trainer.{wanted}=true: take quant={quant}")
+        raise UserError(f"quant.bnb_4bit_compute_dtype={name} contradicts trainer.{wanted}=true: use quant={quant}")
 
 
 def plan_inference(compute_dtype: torch.dtype | None) -> Precision:

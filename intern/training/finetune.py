@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 from intern.config.build import literal_text, plain
+from intern.display.progress import progress_bars
 from intern.errors import RunError, UserError
 from intern.inference.losses import answer_losses
 from intern.runs.directory import Run
@@ -113,16 +114,17 @@ def _open(run: Run, cfg: DictConfig, plan: TrainingPlan, sweep: str | None) -> T
 
 def _train(model: PreTrainedModel, run: Run, plan: TrainingPlan, trackers: Trackers) -> tuple[Any, dict[str, Any]]:
     """Train, from the last checkpoint if there is one; return the model with its adapter, and the metrics of training."""
-    trainer = InternTrainer(
-        rules=plan.rules,
-        answer_scores=functools.partial(score_answers, plan=plan) if plan.rules.eval_answers else None,
-        model=model,
-        args=plan.args,
-        train_dataset=plan.train.rows,
-        eval_dataset=plan.eval.rows if plan.eval is not None else None,
-        processing_class=plan.tokenizer,
-        peft_config=plan.lora,
-    )
+    with progress_bars(len(plan.train.rows)):  # of packing
+        trainer = InternTrainer(
+            rules=plan.rules,
+            answer_scores=functools.partial(score_answers, plan=plan) if plan.rules.eval_answers else None,
+            model=model,
+            args=plan.args,
+            train_dataset=plan.train.rows,
+            eval_dataset=plan.eval.rows if plan.eval is not None else None,
+            processing_class=plan.tokenizer,
+            peft_config=plan.lora,
+        )
     callbacks = build_callbacks(trainer, plan.rules, run, trackers.log, plan.build_memory)
     log.info(
         "%d training rows, %s trainable parameters", len(plan.train.rows), f"{trainer.get_num_trainable_parameters():,}"

@@ -1,68 +1,58 @@
-"""The rules that a training configuration must keep, one small function each: all are checked before a model's weights load.
+"""The rules that the values of a training configuration must keep, one small function each.
 
-Names and types of a library's keys are checked against its class (intern/config/build.py), precision against the card (intern/model/precision.py),
-rows against their form (intern/data/files.py). Here stands what no library says in time, or at all. A rule returns what to tell the user, or
-None; its docstring's first line is the rule.
+The names and types of a library's keys are checked against its class (intern/config/build.py), precision against the GPU
+(intern/model/precision.py), rows against their format (intern/data/files.py), and what depends on the model in
+intern/training/model_rules.py. Here are the rules that no library checks, or checks too late. A rule returns the message for the user, or
+None; the first line of its docstring is the rule.
 """
 
 import difflib
-import inspect
 import math
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import yaml
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from intern.config.build import check_names
 from intern.errors import UserError
 from intern.evaluation.metrics import training_metrics
-from intern.kernels.isolated_attention import NAME as ISOLATED
-from intern.model.attention import choose_attention
 from intern.paths import CONF_DIR
 
 Groups = Mapping[str, Any]  # {"lora": {"r": 16, ...}, ..., "seed": 42}
 
-# Key -> the numbers it takes, and what one outside of them would do. -1, null and absent keys have rules of their own.
+# Key -> the numbers that it accepts, and why. The special values -1 and null, and missing keys, have rules of their own.
 RANGES: dict[str, tuple[str, str]] = {
-    "seed": ("[0, 4294967295]", "random generators take no other"),
+    "seed": ("[0, 4294967295]", "random number generators accept nothing else"),
     "lora.r": ("[1, inf)", "rank 0 trains nothing"),
-    "lora.lora_alpha": ("(0, inf)", "the update is scaled by lora_alpha / r, so nothing would be trained"),
-    "lora.lora_dropout": ("[0, 1)", "it is the share of inputs that is dropped"),
-    "trainer.num_train_epochs": ("(0, inf)", "trainer.max_steps can be given instead"),
-    "trainer.min_steps": ("[0, inf)", "0 asks for no least number of steps"),
+    "lora.lora_alpha": ("(0, inf)", "the update is multiplied by lora_alpha / r, so 0 trains nothing"),
+    "lora.lora_dropout": ("[0, 1)", "it is the fraction of inputs that is dropped"),
+    "trainer.num_train_epochs": ("(0, inf)", "to train for a number of steps instead, set trainer.max_steps"),
+    "trainer.min_steps": ("[0, inf)", "0 means no minimum"),
     "trainer.max_skipped_steps": ("[0, inf)", "it is a number of steps"),
-    "trainer.eval_answers": ("[0, inf)", "0 answers none during training"),
-    "trainer.early_stopping_patience": ("[1, inf)", "null switches early stopping off"),
+    "trainer.eval_answers": ("[0, inf)", "0 generates no answers during training"),
+    "trainer.early_stopping_patience": ("[1, inf)", "null turns early stopping off"),
     "trainer.per_device_train_batch_size": ("[1, inf)", "it is a number of rows"),
     "trainer.per_device_eval_batch_size": ("[1, inf)", "it is a number of rows"),
-    "trainer.gradient_accumulation_steps": ("[1, inf)", "1 accumulates nothing"),
+    "trainer.gradient_accumulation_steps": ("[1, inf)", "1 means no accumulation"),
     "trainer.max_length": ("[1, inf)", "it is a number of tokens"),
-    "trainer.learning_rate": ("[0, inf)", "2e-4 is usual"),
-    "trainer.weight_decay": ("[0, inf)", "0 switches it off"),
-    "trainer.max_grad_norm": ("[0, inf)", "0 switches clipping off"),
-    "trainer.warmup_steps": ("[0, inf)", "0 begins with the full learning rate"),
-    "trainer.warmup_ratio": ("[0, 1)", "it is a share of the steps"),
-    "trainer.adam_beta1": ("[0, 1)", "0.9 is usual"),
-    "trainer.adam_beta2": ("[0, 1)", "0.999 is usual"),
-    "trainer.adam_epsilon": ("(0, inf)", "1e-8 is usual"),
-    "trainer.logging_steps": ("(0, inf)", "it is a number of steps, or below 1 a share of all"),
-    "trainer.eval_steps": ("(0, inf)", "it is a number of steps, or below 1 a share of all"),
-    "trainer.save_steps": ("(0, inf)", "it is a number of steps, or below 1 a share of all"),
-    "trainer.save_total_limit": ("[1, inf)", "a run that keeps no checkpoint cannot go on after a stop"),
-    "trainer.label_smoothing_factor": ("[0, 1)", "0 switches it off"),
-    "trainer.neftune_noise_alpha": ("[0, inf)", "0 switches it off"),
-    "trainer.dataloader_num_workers": ("[0, inf)", "0 reads rows in the training process"),
-    "model.quantized_cache_gib": ("(0, inf)", "model.quantized_cache=null keeps none"),
+    "trainer.learning_rate": ("[0, inf)", "2e-4 is typical"),
+    "trainer.weight_decay": ("[0, inf)", "0 turns it off"),
+    "trainer.max_grad_norm": ("[0, inf)", "0 turns clipping off"),
+    "trainer.warmup_steps": ("[0, inf)", "0 starts at the full learning rate"),
+    "trainer.warmup_ratio": ("[0, 1)", "it is a fraction of all steps"),
+    "trainer.adam_beta1": ("[0, 1)", "0.9 is typical"),
+    "trainer.adam_beta2": ("[0, 1)", "0.999 is typical"),
+    "trainer.adam_epsilon": ("(0, inf)", "1e-8 is typical"),
+    "trainer.logging_steps": ("(0, inf)", "it is a number of steps or, below 1, a fraction of all steps"),
+    "trainer.eval_steps": ("(0, inf)", "it is a number of steps or, below 1, a fraction of all steps"),
+    "trainer.save_steps": ("(0, inf)", "it is a number of steps or, below 1, a fraction of all steps"),
+    "trainer.save_total_limit": ("[1, inf)", "a run without checkpoints cannot be resumed"),
+    "trainer.label_smoothing_factor": ("[0, 1)", "0 turns it off"),
+    "trainer.neftune_noise_alpha": ("[0, inf)", "0 turns it off"),
+    "trainer.dataloader_num_workers": ("[0, inf)", "0 loads rows in the training process"),
+    "model.quantized_cache_gib": ("(0, inf)", "model.quantized_cache=null turns the cache off"),
     "data.num_proc": ("[1, inf)", "null chooses by the number of rows"),
     "logger.sample_answers": ("[0, inf)", "0 logs none"),
 }
@@ -74,39 +64,19 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.eval_strategy": tuple(kind.value for kind in IntervalStrategy),
     "trainer.save_strategy": tuple(kind.value for kind in SaveStrategy),
 }
-_RECURRENT = (
-    "linear_attention",
-    "mamba",
-    "mamba2",
-    "conv",
-    "recurrent",
-    "rwkv",
-)  # layer types that carry state along a row
 _GROUPS = ("model", "quant", "lora", "trainer", "data", "logger")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A base model without weights: its configuration, its modules on the meta device, its tokenizer."""
-
-    config: PreTrainedConfig
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-
-# --- Rules of the values alone ---
-
-
 def every_group_is_a_group(cfg: Groups) -> str | None:
-    """A group holds keys; text or a number in its place is a slip on the command line."""
+    """A group holds keys; text or a number instead is a slip on the command line."""
     for name in _GROUPS:
         if not isinstance(cfg.get(name) or {}, Mapping):
-            return f"{name}={cfg[name]}: must be one of the options in conf/{name}/"
+            return f"{name}={cfg[name]}: must name one of the options in conf/{name}/"
     return None
 
 
 def every_number_is_finite(cfg: Groups) -> str | None:
-    """No key is .nan or .inf: comparisons with them let anything pass."""
+    """No key is NaN or infinite: NaN passes every comparison below."""
     for key, value in _values(cfg):
         if isinstance(value, float) and not math.isfinite(value):
             return f"{key}={value}: must be a finite number"
@@ -114,7 +84,7 @@ def every_number_is_finite(cfg: Groups) -> str | None:
 
 
 def numbers_are_in_range(cfg: Groups) -> str | None:
-    """Each key of RANGES lies in its range; a wrong type is left to the library's class."""
+    """Each key of RANGES is in its range; values of a wrong type are left to the library's class."""
     for key, value in _values(cfg):
         if key not in RANGES or isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -131,43 +101,45 @@ def numbers_are_in_range(cfg: Groups) -> str | None:
 
 
 def the_seed_is_a_whole_number(cfg: Groups) -> str | None:
-    """seed belongs to no library's class, so its type is checked here."""
+    """The seed belongs to no library's class, so its type is checked here."""
     seed = cfg.get("seed")
     return None if isinstance(seed, int) and not isinstance(seed, bool) else f"seed={seed}: must be a whole number"
 
 
 def max_steps_is_a_number_of_steps_or_minus_one(cfg: Groups) -> str | None:
-    """0 would silently fall back to epochs."""
+    """max_steps is positive or -1: transformers would silently train for epochs with 0."""
     most = cfg["trainer"].get("max_steps", -1)
     if isinstance(most, int) and most < 1 and most != -1:
-        return f"trainer.max_steps={most}: must be at least 1, or -1 to let trainer.num_train_epochs decide"
+        return f"trainer.max_steps={most}: must be at least 1, or -1 to train for trainer.num_train_epochs"
     return None
 
 
 def max_steps_leave_room_for_min_steps(cfg: Groups) -> str | None:
-    """max_steps below min_steps asks for two lengths at once."""
+    """max_steps is not below min_steps, which would contradict it."""
     most, least = cfg["trainer"].get("max_steps", -1), cfg["trainer"].get("min_steps", 0)
     if isinstance(most, int) and isinstance(least, int) and 0 < most < least:
-        return f"trainer.max_steps={most} is below trainer.min_steps={least}: raise it, or set trainer.min_steps={most} too"
+        return f"trainer.max_steps={most} is below trainer.min_steps={least}: raise max_steps, or set trainer.min_steps={most} too"
     return None
 
 
 def early_stopping_has_something_to_watch(cfg: Groups) -> str | None:
-    """Early stopping compares evaluations and takes the best checkpoint."""
+    """Early stopping compares evaluations and keeps the best checkpoint, so it needs both."""
     trainer = cfg["trainer"]
-    if trainer.get("early_stopping_patience") is not None and not trainer.get("load_best_model_at_end"):
-        return (
-            "trainer.early_stopping_patience needs trainer.load_best_model_at_end=true and trainer.eval_strategy=steps"
-        )
+    patience = trainer.get("early_stopping_patience")
+    if patience is not None and not trainer.get("load_best_model_at_end"):
+        return f"trainer.early_stopping_patience={patience} needs trainer.load_best_model_at_end=true and trainer.eval_strategy=steps"
     return None
 
 
 def the_best_model_has_been_evaluated(cfg: Groups) -> str | None:
-    """The best checkpoint is one that was evaluated: evaluations and checkpoints come together."""
+    """Only a checkpoint that was evaluated can be the best: evaluations and checkpoints are made together."""
     trainer = cfg["trainer"]
     evaluates, saves = str(trainer.get("eval_strategy", "no")), str(trainer.get("save_strategy", "steps"))
     if trainer.get("load_best_model_at_end") and evaluates != saves and saves != "best":
-        return f"trainer.load_best_model_at_end=true needs trainer.eval_strategy={saves}, as often as checkpoints are written"
+        return (
+            f"trainer.load_best_model_at_end=true needs trainer.eval_strategy={saves}: "
+            "only a checkpoint that was evaluated can be the best"
+        )
     return None
 
 
@@ -199,7 +171,7 @@ def the_best_model_is_chosen_by_what_is_measured(cfg: Groups) -> str | None:
 
 
 def answers_come_with_evaluations(cfg: Groups) -> str | None:
-    """Golden rows are answered where they are evaluated during training, not elsewhere."""
+    """Golden rows are answered at evaluations during training, so there must be some."""
     trainer = cfg["trainer"]
     if trainer.get("eval_answers") and str(trainer.get("eval_strategy", "no")) == "no":
         return f"trainer.eval_answers={trainer['eval_answers']} needs trainer.eval_strategy=steps"
@@ -207,30 +179,30 @@ def answers_come_with_evaluations(cfg: Groups) -> str | None:
 
 
 def checkpoints_are_written(cfg: Groups) -> str | None:
-    """A run without checkpoints is lost at the first stop."""
+    """A run writes checkpoints: without them an interruption loses everything."""
     if str(cfg["trainer"].get("save_strategy", "steps")) in ("no", "False"):
-        return "trainer.save_strategy=no: a stopped run could not go on; keep steps and raise trainer.save_steps"
+        return "trainer.save_strategy=no: a run without checkpoints cannot be resumed; keep steps and raise trainer.save_steps"
     return None
 
 
 def packed_rows_stay_whole(cfg: Groups) -> str | None:
-    """The packing strategy "wrapped" cuts rows in two and lets neighbours see each other."""
+    """Packing keeps rows whole: the strategy "wrapped" cuts them in two and lets neighbors see each other."""
     trainer = cfg["trainer"]
     if trainer.get("packing") and trainer.get("packing_strategy", "bfd") == "wrapped":
-        return "trainer.packing_strategy=wrapped: cuts rows in two and mixes neighbours; take bfd"
+        return "trainer.packing_strategy=wrapped: cuts rows in two and lets neighboring rows see each other; use bfd"
     if trainer.get("padding_free") and not trainer.get("packing"):
-        return "trainer.padding_free=true works with trainer.packing=true alone, which implies it: leave it out"
+        return "trainer.padding_free=true only works with trainer.packing=true, which implies it: leave it out"
     return None
 
 
 def the_adapter_is_for_a_causal_language_model(cfg: Groups) -> str | None:
-    """Other task types wrap the model in heads that answers do not come from."""
+    """The adapter is for a causal language model: other task types add heads that do not generate answers."""
     task = cfg["lora"].get("task_type")
     return None if task == "CAUSAL_LM" else f"lora.task_type={task}: must be CAUSAL_LM"
 
 
 def the_adapter_names_no_code(cfg: Groups) -> str | None:
-    """PEFT's megatron keys import a module by its name."""
+    """No key names code: PEFT's megatron keys import a module by its name."""
     for key in ("megatron_config", "auto_mapping"):
         if cfg["lora"].get(key):
             return f"lora.{key}: not supported: leave it out"
@@ -238,111 +210,12 @@ def the_adapter_names_no_code(cfg: Groups) -> str | None:
 
 
 def automatic_keys_are_true_false_or_auto(cfg: Groups) -> str | None:
-    """activation_checkpointing and use_liger_kernel are a library's switches with one more position."""
+    """activation_checkpointing and use_liger_kernel are true, false or auto."""
     for key in ("activation_checkpointing", "use_liger_kernel"):
         value = cfg["trainer"].get(key, "auto")
         if not isinstance(value, bool) and value != "auto":
             return f"trainer.{key}={value}: must be auto, true or false"
     return None
-
-
-# --- Rules of the values and the model's shape ---
-
-
-def rows_fit_into_the_models_positions(cfg: Groups, shape: Shape, lora: LoraConfig) -> str | None:
-    """Beyond its positions a model computes nonsense, or fails on the GPU."""
-    length, positions = (
-        cfg["trainer"]["max_length"],
-        getattr(shape.config.get_text_config(), "max_position_embeddings", None),
-    )
-    if positions is not None and int(length) > positions:
-        return f"trainer.max_length={length}: the model has {positions} positions"
-    return None
-
-
-def the_tokenizer_fits_the_model(cfg: Groups, shape: Shape, lora: LoraConfig) -> str | None:
-    """A token without an embedding stops a GPU with an error that names nothing."""
-    most = max(shape.tokenizer.get_vocab().values())
-    rows = cast(nn.Embedding, shape.model.get_input_embeddings()).num_embeddings
-    if most >= rows:
-        return f"model.pretrained_model_name_or_path: its tokenizer knows token {most}, the model embeds {rows}: they do not belong together"
-    return None
-
-
-def target_modules_are_in_the_model(cfg: Groups, shape: Shape, lora: LoraConfig) -> str | None:
-    """Every name in target_modules is a linear layer's: PEFT is content when one of them is, and trains less than was asked for."""
-    wanted = lora.target_modules
-    if wanted == "all-linear":
-        return None
-    if wanted is None:
-        kind = str(shape.config.model_type)
-        known = kind in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-        return None if known else f"lora.target_modules: there is no default for {kind}: take lora=all_linear"
-    modules = dict(shape.model.named_modules())
-    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Embedding | Conv1D)}
-    if isinstance(wanted, str):
-        try:
-            matched = [name for name in modules if re.fullmatch(wanted, name)]
-        except re.error as error:
-            return f"lora.target_modules={wanted}: no regular expression ({error}); a single name is written [{wanted}]"
-        if not linear.intersection(matched):
-            return f"lora.target_modules={wanted}: matches no linear layer; their names are such as {max(sorted(linear), key=len)}"
-        return None
-    for name in sorted(wanted):
-        found = [path for path in modules if path == name or path.endswith(f".{name}")]
-        if not found:
-            ends = sorted({path.rsplit(".", 1)[-1] for path in linear})
-            near = difflib.get_close_matches(name, ends, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(ends)}"
-            return f"lora.target_modules: the model has no {name}; {hint}"
-        if not linear.intersection(found):
-            return f"lora.target_modules: {name} is a {type(modules[found[0]]).__name__}, not a linear layer"
-    return None
-
-
-def something_is_left_to_train(cfg: Groups, shape: Shape, lora: LoraConfig) -> str | None:
-    """exclude_modules and layers_to_transform may take away all that target_modules names."""
-    if not (lora.exclude_modules or lora.layers_to_transform) or lora.target_modules in (None, "all-linear"):
-        return None
-    if not any(check_target_module_exists(lora, name) for name, _ in shape.model.named_modules()):
-        return "lora.target_modules: nothing is left of it after lora.exclude_modules and lora.layers_to_transform"
-    return None
-
-
-def the_rank_is_no_larger_than_the_model(cfg: Groups, shape: Shape, lora: LoraConfig) -> str | None:
-    """A rank above the model's width adds memory and no capacity."""
-    width = shape.config.get_text_config().hidden_size
-    return None if lora.r <= width else f"lora.r={lora.r}: must be at most {width}, the model's width"
-
-
-def packed_rows_can_be_kept_apart(cfg: Groups, shape: Shape, lora: LoraConfig) -> str | None:
-    """Rows in one batch are told apart by their positions; a model that ignores those, or carries state along, mixes them.
-
-    With "isolated" the kernels get the rows' boundaries; sdpa, eager and flex get a mask that transformers makes from the positions.
-    """
-    return _why_rows_mix(cfg, shape) if cfg["trainer"].get("packing") else None
-
-
-def batches_need_no_padding(cfg: Groups, shape: Callable[[], Shape]) -> bool:
-    """Whether the rows of an unpacked batch can lie one behind the other: by the kernels that keep packed rows apart.
-
-    The model's shape is asked for only where the values leave that open.
-    """
-    trainer = cfg["trainer"]
-    several = not trainer.get("packing") and trainer.get("per_device_train_batch_size", 8) > 1
-    if not several or cfg["model"].get("attn_implementation") != ISOLATED:
-        return False
-    attention = choose_attention(shape().config, ISOLATED, int(trainer["max_length"]))
-    return attention.packs and attention.name == ISOLATED
-
-
-def _why_rows_mix(cfg: Groups, shape: Shape) -> str | None:
-    attention = choose_attention(
-        shape.config, cfg["model"].get("attn_implementation"), int(cfg["trainer"]["max_length"])
-    )
-    if attention.packs:
-        return None
-    return f"trainer.packing=true: {shape.config.model_type} cannot keep packed rows apart: take trainer.packing=false"
 
 
 OF_VALUES: tuple[Callable[[Groups], str | None], ...] = (
@@ -363,17 +236,17 @@ OF_VALUES: tuple[Callable[[Groups], str | None], ...] = (
     the_adapter_names_no_code,
     automatic_keys_are_true_false_or_auto,
 )
-OF_SHAPE: tuple[Callable[[Groups, Shape, LoraConfig], str | None], ...] = (
-    rows_fit_into_the_models_positions,
-    the_tokenizer_fits_the_model,
-    target_modules_are_in_the_model,
-    something_is_left_to_train,
-    the_rank_is_no_larger_than_the_model,
-)
 
 
 def check_values(cfg: Groups) -> None:
-    """Raises UserError for a top-level key that conf/train.yaml has not, and for the first rule that the values break."""
+    """Check the values of a configuration, without looking at the model, the data or the machine.
+
+    Args:
+        cfg: the groups of conf/train.yaml and its own keys, as built-in types.
+
+    Raises:
+        UserError: a top-level key that conf/train.yaml does not have, or the first rule that is broken.
+    """
     check_names(cfg, _top_level())
     groups = {name: {} for name in _GROUPS} | {name: value for name, value in cfg.items() if value is not None}
     for rule in OF_VALUES:
@@ -381,22 +254,15 @@ def check_values(cfg: Groups) -> None:
             raise UserError(complaint.replace("\n", "\\n"))  # a value may be text of several lines
 
 
-def check_shape(cfg: Groups, shape: Shape, lora: LoraConfig) -> None:
-    """Raises UserError for the first rule that values and model break together."""
-    for rule in OF_SHAPE:
-        if (complaint := rule(cfg, shape, lora)) is not None:
-            raise UserError(complaint)
-
-
 def _top_level() -> set[str]:
-    """What stands in conf/train.yaml: its own keys and its groups."""
+    """The names in conf/train.yaml: its own keys and its groups."""
     content = yaml.safe_load((CONF_DIR / "train.yaml").read_text(encoding="utf-8"))
     groups = {name for entry in content["defaults"] if isinstance(entry, dict) for name in entry if " " not in name}
     return (set(content) | groups) - {"defaults", "hydra", "experiment"}
 
 
 def _values(cfg: Groups) -> list[tuple[str, Any]]:
-    """("lora.r", 16), ... of all groups."""
+    """Return ("lora.r", 16), ... for all groups."""
     pairs: list[tuple[str, Any]] = []
     for group, values in cfg.items():
         pairs += (
@@ -410,9 +276,7 @@ def _values(cfg: Groups) -> list[tuple[str, Any]]:
 def _words(interval: str) -> str:
     """ "[0, 1)" -> "at least 0 and below 1"."""
     low, high = (end.strip() for end in interval[1:-1].split(","))
+    if interval[0] == "[" and interval[-1] == "]":
+        return f"between {low} and {high}"
     words = f"{'at least' if interval[0] == '[' else 'above'} {low}"
-    return words if high == "inf" else f"{words} and {'at most' if interval[-1] == ']' else 'below'} {high}"
-
-
-def _takes(function: Callable[..., Any], name: str) -> bool:
-    return name in inspect.signature(function).parameters
+    return words if high == "inf" else f"{words} and below {high}"

@@ -39,13 +39,13 @@ def training_args(cfg, path, evaluates=True):
 
 
 def test_the_groups_have_the_promised_options():
-    assert GROUPS["model"] == ["llama32_1b", "llama3_8b", "llama3_8b_nf4", "tiny"]
+    assert GROUPS["model"] == ["llama32_1b", "llama3_8b", "llama3_8b_nf4", "smollm2_135m", "tiny"]
     assert GROUPS["quant"] == ["nf4_bf16", "nf4_fp16", "none"]
     assert GROUPS["lora"] == ["all_linear", "all_linear_rslora", "dora", "qkvo"]
     assert GROUPS["trainer"] == ["ampere", "cpu_min100", "t4_min100"]
     assert GROUPS["data"] == ["train_jsonl"]
     assert GROUPS["logger"] == ["none", "tensorboard", "wandb"]
-    assert GROUPS["experiment"] == ["rank_sweep", "tiny_cpu"]
+    assert GROUPS["experiment"] == ["rank_sweep", "smollm2_cpu", "tiny_cpu"]
     assert GROUPS["generation"] == ["greedy", "sample"]
 
 

@@ -6,8 +6,8 @@ from omegaconf import OmegaConf
 from intern.data.files import DataFile, read_rows
 from intern.data.text import comparable
 from intern.evaluation.contamination import find_overlap
+from intern.inspection.duplicate_checks import check_duplicates, check_leaks
 from intern.inspection.near_duplicates import words
-from intern.inspection.row_checks import check_leaks, check_texts
 from intern.runs.directory import Run
 
 
@@ -38,7 +38,7 @@ def test_preview_and_evaluation_agree_on_what_training_has_seen(rows_file, tmp_p
     file = DataFile.find(str(train), "data.train_file")
     trained = read_rows(file, needs_material=False)
 
-    assert "1 of 1 golden rows are training rows" in check_leaks(trained, rows, shows_material=False)[0].found
+    assert "1 of 1 golden rows are training rows" in check_leaks(trained, rows, shows_context=False)[0].found
     run = Run(tmp_path / "run")
     run.path.mkdir()
     run.write_config(OmegaConf.create({"data": {"train_file": str(train)}}))
@@ -50,5 +50,5 @@ def test_preview_and_evaluation_agree_on_what_training_has_seen(rows_file, tmp_p
 def test_a_question_asked_twice_is_found_in_another_case(rows_file):
     row = {"question": "Wie lang ist die Straße?", "answer": "Fünf Meter."}
     rows = rows_file(row, row | {"question": "WIE LANG IST DIE STRASSE?"})
-    checks = check_texts(read_rows(DataFile.find(str(rows), "eval_file"), needs_material=False), ["<s>"], False)
+    checks = check_duplicates(read_rows(DataFile.find(str(rows), "eval_file"), needs_material=False), False)
     assert "1 row: 2" in checks[0].found

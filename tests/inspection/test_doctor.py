@@ -26,8 +26,8 @@ from intern import doctor as command
 from intern.errors import UserError
 from intern.hardware import available_memory, runs_architectures
 from intern.inspection.check import AMBER, GREEN, RED
-from intern.inspection.context import Facts
 from intern.inspection.doctor import CHECKS, diagnose, run_check
+from intern.inspection.doctor_pieces import DoctorPieces
 from intern.inspection.installation import missing_weights, requirements
 from intern.memory.estimate import ModelSizes, training_peak
 from intern.paths import CONF_DIR
@@ -59,7 +59,7 @@ def checks(*overrides):
 
 def line(name, *overrides):
     """One check alone."""
-    return run_check(name, CHECKS[name], Facts(composed(*overrides)))
+    return run_check(name, CHECKS[name], DoctorPieces(composed(*overrides)))
 
 
 def red(found):
@@ -81,7 +81,7 @@ def test_the_tiny_run_can_run_here(capsys):
     found = checks(TINY)
     assert not red(found)
     assert "3.6 million parameters" in found["model"].found
-    assert "1,166 rows, all fit" in found["training rows"].found
+    assert "1,166 valid rows, all fit" in found["training rows"].found
     assert found["host memory"].status == GREEN and "GiB needed" in found["host memory"].found
     capsys.readouterr()
     assert exit_code(TINY) == 0
@@ -98,9 +98,9 @@ def test_a_model_that_needs_a_gpu_is_red_without_one(capsys):
     lines = {line["name"]: line for line in told["checks"]}
     assert all(line.keys() == {"name", "status", "found", "remedy"} for line in lines.values())
     assert lines["GPU"]["status"] == RED and "experiment=tiny_cpu" in lines["GPU"]["remedy"]
-    assert (lines["precision"]["status"], lines["precision"]["remedy"]) == (AMBER, "mend first: GPU")
+    assert (lines["precision"]["status"], lines["precision"]["remedy"]) == (AMBER, "fix GPU first")
     # The data do not need the model to be looked at.
-    assert "1,166 rows, each as it must be" in lines["training rows"]["found"]
+    assert "1,166 valid rows; their tokens were not counted" in lines["training rows"]["found"]
     assert "checks red: GPU, model" in said.err
 
 
@@ -139,7 +139,7 @@ def test_the_supported_ranges_are_the_projects_own():
 def test_an_old_python_is_red(monkeypatch):
     monkeypatch.setattr("platform.python_version", lambda: "3.10.2")
     found = line("Python", TINY)
-    assert found.status == RED and found.found == "3.10.2, supported is >=3.11" and "3.11" in found.remedy
+    assert found.status == RED and found.found == "3.10.2, but >=3.11 is required" and "3.11" in found.remedy
 
 
 def test_a_full_disk_is_red(monkeypatch):
@@ -173,8 +173,8 @@ def test_a_check_that_fails_itself_is_red_and_hides_no_other(monkeypatch):
         (["lora.r=abc"], "configuration", "lora.r='abc'", "must be a whole number"),
         (["trainer.max_steps=5"], "configuration", "trainer.max_steps=5 is below", "set trainer.min_steps=5 too"),
         (["+logger.mod=offline"], "configuration", "logger.mod", "did you mean logger.mode?"),
-        (["lora.target_modules=[query]"], "adapter", "Target modules {'query'} not found", "training may fail the same way"),
-        (["trainer.max_length=4096"], "model", "1,024 positions; trainer.max_length=4,096", "trainer.max_length=1024 at most"),
+        (["lora.target_modules=[query]"], "adapter", "lora.target_modules", "the model has no query"),
+        (["trainer.max_length=4096"], "model", "trainer.max_length=4096: the model has 1,024 positions", "lower it to 1024"),
         (["data.train_file=none.jsonl"], "training rows", "data.train_file=none.jsonl", "no such file"),
         (["data.context=sometimes"], "tokenizer", "data.context=sometimes", "must be one of never, always, mixed"),
         (["model.pretrained_model_name_or_path=./none"], "model", "./none", "no such folder"),
@@ -189,7 +189,7 @@ def test_each_mistake_has_its_line_and_remedy(overrides, name, found, remedy):
 def test_a_mistake_in_one_group_hides_no_other_line():
     found = checks(TINY, "+lora.rank=8", "data.train_file=none.jsonl", "+logger.mod=offline")
     assert red(found) == {"configuration", "adapter", "training rows"}
-    assert found["W&B"].remedy == "mend first: configuration"
+    assert found["W&B"].remedy == "fix configuration first"
     assert all(check.remedy for check in found.values() if check.status != GREEN)
 
 
@@ -202,7 +202,7 @@ def test_a_bad_row_is_named(rows_file):
 def test_rows_that_do_not_fit_are_amber(rows_file):
     path = rows_file(*({"question": "q", "answer": answer, "chunk_text": "c"} for answer in ("a", "word " * 2000)))
     found = line("golden rows", TINY, f"data.eval_file={path}")
-    assert found.status == AMBER and "2 rows, 1 dropped" in found.found
+    assert found.status == AMBER and "2 valid rows, 1 dropped" in found.found
 
 
 def test_no_golden_rows_are_amber():
@@ -221,7 +221,7 @@ def test_a_folder_without_its_weights_is_red(tmp_path, shards):
             shutil.copy(ROOT / "data/tiny_llama3/model.safetensors", base / file)
     found = line("weights", TINY, f"model.pretrained_model_name_or_path={base}")
     assert found.status == (GREEN if shards == 2 else RED)
-    assert ("model.safetensors missing", "model-2.safetensors missing", "there")[shards] in found.found
+    assert ("model.safetensors missing", "model-2.safetensors missing", "present")[shards] in found.found
 
 
 def test_weights_that_were_cut_short_are_red(tmp_path):
@@ -230,7 +230,7 @@ def test_weights_that_were_cut_short_are_red(tmp_path):
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     found = line("weights", TINY, f"model.pretrained_model_name_or_path={base}")
-    assert found.status == RED and "model.safetensors missing or cut short" in found.found
+    assert found.status == RED and "model.safetensors missing or truncated" in found.found
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
@@ -265,14 +265,14 @@ def test_weights_on_the_hub_are_counted_and_a_gated_model_is_named(monkeypatch):
     monkeypatch.setattr(HfApi, "model_info", lambda self, name, **others: SimpleNamespace(siblings=siblings))
     assert missing_weights("someone/something-that-is-not-cached", "main") == 6 * GIB
     siblings[:2] = []
-    with pytest.raises(UserError, match="has no safetensors weights: take another copy"):
+    with pytest.raises(UserError, match="has no safetensors weights: use another copy"):
         missing_weights("someone/something-that-is-not-cached", "main")
 
     def refuse(self, name):
         raise GatedRepoError("gated", response=SimpleNamespace(headers={}, request=None))
 
     monkeypatch.setattr(HfApi, "auth_check", refuse)
-    with pytest.raises(UserError, match="gated: accept its licence on its page, then `hf auth login`"):
+    with pytest.raises(UserError, match="gated: accept its license on its page, then run `hf auth login`"):
         missing_weights("someone/something-that-is-not-cached", "main")
 
 

@@ -21,10 +21,11 @@ from intern.data.prompt import IGNORED
 from intern.data.tokenize import Tokenized
 from intern.errors import UserError
 from intern.inspection.check import AMBER, GREEN, RED
+from intern.inspection.duplicate_checks import NEAR
 from intern.inspection.near_duplicates import NearTexts, words
 from intern.inspection.preview import examine, look, prepare
-from intern.inspection.row_checks import NEAR, check_packing, check_tokens
-from intern.inspection.token_view import page, plain_rows, show_rows
+from intern.inspection.preview_display import page, plain_rows, show_rows
+from intern.inspection.token_checks import check_packing, check_tokens
 from intern.paths import CONF_DIR
 from intern.runs.directory import Run
 from intern.training.plan import build_plan

@@ -1,4 +1,4 @@
-"""Rows of tokens -> coloured text in a terminal, marked plain text, a page of HTML."""
+"""Rows of tokens -> colored text in a terminal, marked plain text, an HTML page."""
 
 import base64
 import html
@@ -7,32 +7,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from intern.data.prompt import IGNORED, Kind, Token
-from intern.inspection.check import Check, printable
+from intern.display.table import markdown, terminal_table
+from intern.display.text import printable
+from intern.inspection.check import Check
 
-# For each kind two backgrounds, so that neighbouring tokens can be told apart, and what it is.
-_COLOURS: dict[str, tuple[str, str, str]] = {
+# For each kind two backgrounds, so that neighboring tokens can be told apart, and what it is.
+_COLORS: dict[str, tuple[str, str, str]] = {
     "template": ("#4a4a4a", "#3a3a3a", "template"),
     "system": ("#4b3f72", "#3b315c", "system prompt"),
-    "material": ("#7a5c1e", "#644a15", "material"),
+    "material": ("#7a5c1e", "#644a15", "context"),
     "question": ("#1f4e79", "#173d60", "question"),
     "answer": ("#1e6b3c", "#15552e", "answer, with loss"),
     "end of turn": ("#a3286b", "#a3286b", "end of turn, with loss"),
     "cut": ("#8b1a1a", "#701212", "cut off"),
 }
 _BATCH_COLUMNS = ("row", "place", "position ids", "with loss", "begins")
-_MOST_BYTES_OF_A_CHARACTER = 4  # UTF-8
+_STATISTICS_COLUMNS = ("", "training rows", "golden rows")
+_MAX_BYTES_PER_CHARACTER = 4  # UTF-8
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens that make whole characters together: nearly always one."""
+    """Tokens that form whole characters together: nearly always one."""
 
     text: str
     ids: tuple[int, ...]
@@ -41,7 +42,7 @@ class Piece:
     loss: bool
 
     @property
-    def colour(self) -> str:
+    def color(self) -> str:
         return "cut" if self.cut else self.kind
 
 
@@ -56,14 +57,14 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class Segment:
-    """A row's place in a batch row: tokens start to end (exclusive), and what the model is told of their positions."""
+    """A row within a row of a batch: tokens start to end (exclusive), and the positions that the model is passed."""
 
-    row: str  # its number in the file; "padding"
+    row: str  # its line in the file, "padding" or "unused"
     start: int
     end: int
     positions: str
     with_loss: int
-    begins: str  # the first words of its question
+    begins: str  # the beginning of its question
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,19 @@ class Preview:
 
     rows: list[ShownRow]
     batch: ShownBatch | None
-    figures: list[tuple[str, str, str]]  # name, training rows, golden rows
+    statistics: list[tuple[str, str, str]]  # name, training rows, golden rows
     checks: list[Check]
-    lengths: Path | None  # the histogram's picture
+    lengths: Path | None  # the picture of the histogram
 
 
 def pieces(tokens: Sequence[Token], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """What to show of a row. `labels` are those of the tokens that were not cut; empty where the row is not trained on."""
+    """Group the tokens of a row into whole characters.
+
+    Args:
+        tokens: of the row, including those that were cut.
+        labels: of the tokens that were not cut; empty if the row is not trained on.
+        tokenizer: the model's.
+    """
     loss = iter([label != IGNORED for label in labels])
     shown: list[Piece] = []
     waiting: list[int] = []
@@ -96,17 +103,17 @@ def pieces(tokens: Sequence[Token], labels: Sequence[int], tokenizer: PreTrained
         text = str(tokenizer.decode(waiting))
         follows = tokens[place + 1] if place + 1 < len(tokens) else None
         same = follows is not None and (follows.kind, follows.cut) == (token.kind, token.cut)
-        if text.endswith("\ufffd") and same and len(waiting) < _MOST_BYTES_OF_A_CHARACTER:
-            continue  # the rest of this character stands in the next token
+        if text.endswith("\ufffd") and same and len(waiting) < _MAX_BYTES_PER_CHARACTER:
+            continue  # the next token has the rest of this character
         shown.append(Piece(text, tuple(waiting), token.kind, token.cut, carries))
         waiting = []
     return shown
 
 
 def show_rows(preview: Preview, console: Console) -> None:
-    """Coloured tokens and tables in a terminal."""
+    """Print colored tokens and tables to a terminal."""
     legend = Text()
-    for first, _, meaning in _COLOURS.values():
+    for first, _, meaning in _COLORS.values():
         legend.append(f" {meaning} ", f"white on {first}").append(" ")
     console.print(legend)
     for row in preview.rows:
@@ -114,30 +121,19 @@ def show_rows(preview: Preview, console: Console) -> None:
         console.print(Text.assemble((row.title, "bold"), "  ", row.note))
         text = Text()
         for place, piece in enumerate(row.pieces):
-            style = f"{'bold ' if piece.loss else ''}{'strike ' if piece.cut else ''}white on {_COLOURS[piece.colour][place % 2]}"
+            style = f"{'bold ' if piece.loss else ''}{'strike ' if piece.cut else ''}white on {_COLORS[piece.color][place % 2]}"
             text.append(_visible(piece.text), style)
         console.print(text)
     if preview.batch is not None:
         console.print()
         console.print(Text(preview.batch.title, "bold"))
-        table = Table(box=box.SIMPLE_HEAD)
-        for column in _BATCH_COLUMNS[:-1]:
-            table.add_column(column, justify="right")
-        table.add_column(_BATCH_COLUMNS[-1], no_wrap=True)
-        for segment in preview.batch.segments:
-            table.add_row(*map(Text, _cells(segment)))
-        console.print(table)
+        console.print(terminal_table(_BATCH_COLUMNS, map(_cells, preview.batch.segments), texts=0, last_is_text=True))
     console.print()
-    table = Table(box=box.SIMPLE_HEAD)
-    for index, column in enumerate(("", "training rows", "golden rows")):
-        table.add_column(column, justify="right" if index else "left")
-    for figure in preview.figures:
-        table.add_row(*figure)
-    console.print(table)
+    console.print(terminal_table(_STATISTICS_COLUMNS, preview.statistics))
 
 
 def plain_rows(preview: Preview) -> str:
-    """The same without colours: a line for each part of a row, its tokens as JSON strings, so that nothing can be mistaken for a mark."""
+    """Return the preview as plain text: one line per part of a row, tokens as JSON strings, so that no text can be mistaken for markup."""
     lines = []
     for row in preview.rows:
         lines += [f"## {row.title}", "", row.note, ""]
@@ -148,26 +144,20 @@ def plain_rows(preview: Preview) -> str:
             lines.append(f"    {kind}, {size}, {'loss' if loss else 'no loss'}: {texts}")
         lines.append("")
     if preview.batch is not None:
-        lines += [f"## {preview.batch.title}", "", f"| {' | '.join(_BATCH_COLUMNS)} |"]
-        lines.append("| ---: | ---: | ---: | ---: | --- |")
-        lines += [
-            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in _cells(one))} |"
-            for one in preview.batch.segments
-        ]
-        lines.append("")
-    lines += ["## Figures", "", "| | training rows | golden rows |", "| --- | ---: | ---: |"]
-    lines += [f"| {' | '.join(figure)} |" for figure in preview.figures]
-    return "\n".join([*lines, "", "## Checks", "", ""])
+        cells = [_cells(segment) for segment in preview.batch.segments]
+        lines += [f"## {preview.batch.title}", "", markdown(_BATCH_COLUMNS, cells, texts=0, last_is_text=True)]
+    lines += ["## Statistics", "", markdown(_STATISTICS_COLUMNS, preview.statistics)]
+    return "\n".join([*lines, "## Checks", "", ""])
 
 
 def page(preview: Preview, title: str) -> str:
-    """A page that needs nothing beside itself and runs no script."""
-    colours = "\n".join(
+    """Return a self-contained HTML page without scripts."""
+    colors = "\n".join(
         f".{name.replace(' ', '-')} {{ background: {first} }} .{name.replace(' ', '-')}.odd {{ background: {second} }}"
-        for name, (first, second, _) in _COLOURS.items()
+        for name, (first, second, _) in _COLORS.items()
     )
     legend = " ".join(
-        f'<span class="token {name.replace(" ", "-")}">{text}</span>' for name, (_, _, text) in _COLOURS.items()
+        f'<span class="token {name.replace(" ", "-")}">{text}</span>' for name, (_, _, text) in _COLORS.items()
     )
     body = [f"<h1>{_safe(title)}</h1>", f"<p>{legend}</p>"]
     for row in preview.rows:
@@ -181,7 +171,7 @@ def page(preview: Preview, title: str) -> str:
             f"<h2>{_safe(preview.batch.title)}</h2>",
             _html_table(_BATCH_COLUMNS, [_cells(one) for one in preview.batch.segments]),
         ]
-    body += ["<h2>Figures</h2>", _html_table(("", "training rows", "golden rows"), preview.figures)]
+    body += ["<h2>Statistics</h2>", _html_table(_STATISTICS_COLUMNS, preview.statistics)]
     if preview.lengths is not None:
         picture = base64.b64encode(preview.lengths.read_bytes()).decode()
         body.append(f'<p><img alt="histogram of row lengths" src="data:image/png;base64,{picture}"></p>')
@@ -206,7 +196,7 @@ td, th {{ border: 1px solid #ccc; padding: .2rem .6rem; text-align: left; vertic
 td {{ overflow-wrap: break-word }}
 .green {{ color: #15552e }} .amber {{ color: #8a5a00 }} .red {{ color: #a00; font-weight: bold }}
 img {{ max-width: 100% }}
-{colours}
+{colors}
 </style>
 </head>
 <body>
@@ -217,7 +207,7 @@ img {{ max-width: 100% }}
 
 
 def _parts(row: list[Piece]) -> list[tuple[str, bool, list[Piece]]]:
-    """Neighbours of the same kind together."""
+    """Group neighbors of the same kind."""
     parts: list[tuple[str, bool, list[Piece]]] = []
     for piece in row:
         kind = f"{piece.kind} cut off" if piece.cut else piece.kind
@@ -234,13 +224,13 @@ def _cells(segment: Segment) -> tuple[str, str, str, str, str]:
 
 
 def _json(text: str) -> str:
-    """The text as a JSON string that a terminal cannot obey either: JSON itself lets DEL, C1 and invisible characters through."""
+    """Return the text as a JSON string without terminal escapes: JSON itself lets DEL, C1 and invisible characters through."""
     quoted = json.dumps(text, ensure_ascii=False)
     return "".join(json.dumps(c)[1:-1] if printable(c) != c else c for c in quoted)
 
 
 def _visible(text: str) -> str:
-    """The text with its line breaks marked."""
+    """Return the text with its line breaks marked."""
     return printable(text).replace("\n", "⏎\n")
 
 
@@ -249,7 +239,7 @@ def _spans(row: list[Piece]) -> str:
     for place, piece in enumerate(row):
         classes = [
             "token",
-            piece.colour.replace(" ", "-"),
+            piece.color.replace(" ", "-"),
             *(["odd"] if place % 2 else []),
             *(["loss"] if piece.loss else []),
         ]
