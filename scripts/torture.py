@@ -33,7 +33,8 @@ from omegaconf import DictConfig
 from intern.display.table import show
 from intern.errors import UserError
 from intern.paths import CONF_DIR
-from intern.runs.directory import Run, resolve
+from intern.runs.directory import Run
+from intern.runs.find import resolve
 from intern.verify import compare
 
 STEPS, SAVE = 12, 3

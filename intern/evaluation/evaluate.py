@@ -221,7 +221,7 @@ def _predictions(
 
 def _answer(cfg: DictConfig, run: Run, sides: list[Side], golden: Dataset, done: Predictions) -> None:
     """Load one run and answer with it, with and without its adapter as `sides` need."""
-    with importing(run.read_config()):
+    with importing(run.read_config_to_load()):
         import torch
 
         from intern.inference.answer import Intern

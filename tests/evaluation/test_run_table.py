@@ -15,7 +15,8 @@ from intern.evaluation.run_files import write_overview
 from intern.evaluation.run_report import advice, narrowed, notes, table
 from intern.evaluation.run_table import given_paths, read_runs, shown_keys
 from intern.evaluation.run_terminal import show_runs
-from intern.runs.directory import Run, resolve
+from intern.runs.directory import Run
+from intern.runs.find import resolve
 
 
 def made(path, eval_loss=1.0, rank=8, rate=0.001, evaluation=None, data="golden", **extra):

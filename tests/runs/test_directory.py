@@ -9,7 +9,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from intern.errors import BusyError, RunError, UserError
-from intern.runs.directory import Run, resolve
+from intern.runs.directory import Run
+from intern.runs.failures import discard_failed_attempt, record_failure
+from intern.runs.find import resolve
 
 
 def finished(path, loss, age=0):
@@ -143,12 +145,12 @@ def test_a_broken_json_file_is_named(tmp_path, content):
 def test_only_a_training_that_failed_by_itself_begins_anew(error, noted, kept, tmp_path):
     run = Run(tmp_path)
     (run.checkpoints / "checkpoint-2").mkdir(parents=True)
-    with pytest.raises(type(error)), run.noting_failure():
+    with pytest.raises(type(error)), record_failure(run):
         raise error
     assert run.failure.is_file() is noted
-    run.discard_failed_attempt()
+    discard_failed_attempt(run)
     assert run.checkpoints.exists() is kept
-    with run.noting_failure():
+    with record_failure(run):
         pass
     assert not run.failure.exists()
 
@@ -156,6 +158,6 @@ def test_only_a_training_that_failed_by_itself_begins_anew(error, noted, kept, t
 def test_a_finished_run_is_not_noted_as_failed(tmp_path):
     run = Run(tmp_path)
     run.write_json(run.metrics, {"eval_loss": 1.0})
-    with pytest.raises(UserError), run.noting_failure():
+    with pytest.raises(UserError), record_failure(run):
         raise UserError("holds a finished run")
     assert not run.failure.exists()

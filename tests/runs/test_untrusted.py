@@ -23,7 +23,8 @@ from intern.data.prompt import IGNORED, Prompt
 from intern.errors import UserError
 from intern.inference.answer import Intern
 from intern.model.base import Base
-from intern.runs.directory import Run, resolve
+from intern.runs.directory import Run
+from intern.runs.find import resolve
 from intern.runs.untrusted import yaml_mapping
 from intern.training.rules import OF_VALUES, check_values
 
