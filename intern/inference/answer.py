@@ -17,6 +17,7 @@ from intern.inference.generate import build_generation, generate
 from intern.model.base import Base
 from intern.model.precision import plan_inference
 from intern.model.quant import build_quant
+from intern.model.sizes import check_fit
 from intern.paths import CONF_DIR
 from intern.runs.adapter import check_adapter, check_tensors
 from intern.runs.directory import Run
@@ -56,8 +57,8 @@ class Intern:
         except UserError as error:
             raise UserError(f"{place}{error}") from error
         lora = check_tensors(lora, base.skeleton, run.adapter)
-        self.precision = plan_inference(quant.bnb_4bit_compute_dtype if quant is not None else None)
-        base.check_fit(quant, self.precision)
+        self.precision = plan_inference(quant.compute_dtype if quant is not None else None)
+        check_fit(base, quant, self.precision)
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 run.adapter, trust_remote_code=False, local_files_only=True

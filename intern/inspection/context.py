@@ -11,13 +11,14 @@ from intern.inspection.installation import answers, is_installed, missing_weight
 from intern.memory.estimate import ModelSizes, TrainingPeak, training_peak
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
     from intern.data.prompt import Prompt
     from intern.data.settings import DataConfig
     from intern.model.base import Base
     from intern.model.precision import Precision
+    from intern.model.quant import Quantization
 
 
 class NotKnownError(Exception):
@@ -81,7 +82,7 @@ class Facts:
         return bool(self.trainer.get("use_cpu"))
 
     @fact
-    def quant(self) -> "BitsAndBytesConfig | None":
+    def quant(self) -> "Quantization | None":
         from intern.model.quant import build_quant
 
         return build_quant(self.cfg.quant)
@@ -97,7 +98,7 @@ class Facts:
     def precision(self) -> "Precision":
         from intern.model.precision import plan_training
 
-        compute_dtype = self.quant.bnb_4bit_compute_dtype if self.quant is not None else None
+        compute_dtype = self.quant.compute_dtype if self.quant is not None else None
         return plan_training(self.on_cpu, self.trainer.get("fp16"), self.trainer.get("bf16"), compute_dtype)
 
     @fact
@@ -188,12 +189,14 @@ class Facts:
         import torch
         from peft.tuners.lora import LoraLayer
 
+        from intern.model.sizes import weight_bytes
+
         text = self.base.config.get_text_config()
         try:
             dtype, on_gpu = self.precision.dtype, self.precision.device == "cuda"
         except UserError:  # another machine's precision: what the configuration asks for
-            dtype, on_gpu = getattr(self.quant, "bnb_4bit_compute_dtype", None) or torch.float16, True
-        weights = self.base.weight_bytes(self.quant, dtype)
+            dtype, on_gpu = getattr(self.quant, "compute_dtype", None) or torch.float16, True
+        weights = weight_bytes(self.base, self.quant, dtype)
         if weights is None:
             raise UserError("model: its own quantization has a size that is not known here")
         heads = getattr(text, "num_key_value_heads", text.num_attention_heads)

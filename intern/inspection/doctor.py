@@ -177,21 +177,15 @@ def check_precision(facts: Facts) -> Check:
 def check_quantization(facts: Facts) -> Check:
     """A small matrix through bitsandbytes, quantized and back, on the device of the run."""
     quant = facts.known("quant", "configuration")
-    if quant is None or not quant.load_in_4bit:
-        return Check("quantization", GREEN, "none" if quant is None else "8 bits")
-    import bitsandbytes as bnb
+    if quant is None:
+        return Check("quantization", GREEN, "none")
     import torch
 
     device = "cpu" if facts.on_cpu else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         raise NotKnownError("GPU")
-    matrix = torch.linspace(-1, 1, 128 * 128, device=device).reshape(128, 128)
-    kind = quant.bnb_4bit_quant_type
-    packed, state = bnb.functional.quantize_4bit(
-        matrix, quant_type=kind, compress_statistics=quant.bnb_4bit_use_double_quant
-    )
-    error = (bnb.functional.dequantize_4bit(packed, state) - matrix).abs().mean().item()
-    found = f"{kind} on {device}, mean error {error:.3f} of a matrix of numbers up to 1"
+    error = quant.self_test(device)
+    found = f"{quant.name} on {device}, mean error {error:.3f} of a matrix of numbers up to 1"
     if error > 0.1:
         return Check("quantization", RED, found, "install bitsandbytes anew: its kernels compute wrongly here")
     return Check("quantization", GREEN, found)
@@ -274,6 +268,8 @@ def check_gpu_memory(facts: Facts) -> Check:
     base, peak = facts.known("base", "model"), _peak(facts)
     import torch
 
+    from intern.model.sizes import check_fit
+
     chosen = facts.trainer.get("activation_checkpointing")
     least = peak.kept if chosen is False else peak.recomputed
     found = f"about {least / GIB:.1f} GiB needed" + (
@@ -281,7 +277,7 @@ def check_gpu_memory(facts: Facts) -> Check:
     )
     if not torch.cuda.is_available():
         return Check("GPU memory", AMBER, f"{found}; there is no GPU to compare with", "mend first: GPU")
-    base.check_fit(facts.quant, facts.known("precision", "precision"))
+    check_fit(base, facts.quant, facts.known("precision", "precision"))
     cap = torch.cuda.get_device_properties(0).total_memory * torch.cuda.get_per_process_memory_fraction()
     return _fits("GPU memory", found, least, min(torch.cuda.mem_get_info()[0], cap), _smaller(chosen))
 
@@ -290,7 +286,9 @@ def check_host_memory(facts: Facts) -> Check:
     """An estimate of what loading and training take on the host."""
     peak = None
     if facts.on_cpu:
-        facts.known("base", "model").check_fit(facts.quant, facts.known("precision", "precision"))
+        from intern.model.sizes import check_fit
+
+        check_fit(facts.known("base", "model"), facts.quant, facts.known("precision", "precision"))
         peak = _peak(facts)
     need = host_memory(facts.on_cpu, peak)
     return _fits("host memory", f"about {need / GIB:.1f} GiB needed", need, available_memory(), "close other programs")

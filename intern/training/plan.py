@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from omegaconf import DictConfig
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from intern.config.build import build, plain
@@ -23,7 +23,8 @@ from intern.model.attention import choose_attention
 from intern.model.base import Base
 from intern.model.lora import build_lora, limit_to_text
 from intern.model.precision import Precision, plan_training
-from intern.model.quant import build_quant
+from intern.model.quant import Quantization, build_quant
+from intern.model.sizes import check_fit
 from intern.runs.directory import Run
 from intern.training.arguments import AUTO, StepRules, build_rules, build_training_args
 from intern.training.rules import Shape, batches_need_no_padding, check_shape, check_values
@@ -42,7 +43,7 @@ class TrainingPlan:
         Callable[[Any], FitMemory] | None
     )  # of a trainer; on a GPU, unless trainer.activation_checkpointing=false
     lora: LoraConfig
-    quant: BitsAndBytesConfig | None
+    quant: Quantization | None
     precision: Precision
     base: Base
     tokenizer: PreTrainedTokenizerBase
@@ -81,11 +82,11 @@ def build_plan(cfg: DictConfig, run: Run) -> TrainingPlan:
     quant = build_quant(cfg.quant)
     data = located(build(DataConfig, plain(cfg.data), "data"))
     trainer = values["trainer"]
-    compute_dtype = quant.bnb_4bit_compute_dtype if quant is not None else None
+    compute_dtype = quant.compute_dtype if quant is not None else None
     precision = plan_training(bool(trainer.get("use_cpu")), trainer.get("fp16"), trainer.get("bf16"), compute_dtype)
     args = build_training_args(cfg.trainer, run, precision, cfg.seed, evaluates=data.data.evaluates)
     base = Base(cfg.model)
-    base.check_fit(quant, precision)
+    check_fit(base, quant, precision)
     tokenizer = base.tokenizer()
     shape = Shape(base.config, base.skeleton, tokenizer)
     check_shape(values, shape, lora)

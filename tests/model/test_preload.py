@@ -11,7 +11,7 @@ from helpers import ROOT
 from omegaconf import OmegaConf
 
 import intern.model.preload
-from intern.model.preload import MADE_OF, _read, importing
+from intern.model.preload import BASE_FILE, _read, importing
 
 TINY = str(ROOT / "data/tiny_llama3")
 
@@ -19,7 +19,7 @@ TINY = str(ROOT / "data/tiny_llama3")
 def entry(cache, name, base, used, sizes=(40, 2)):
     folder = cache / name
     folder.mkdir(parents=True)
-    (folder / MADE_OF).write_text(base)
+    (folder / BASE_FILE).write_text(base)
     for index, size in enumerate(sizes):
         (folder / f"model-{index}.safetensors").write_bytes(bytes(size * 2**20))
     os.utime(folder, (used, used))
@@ -75,7 +75,7 @@ def test_where_there_is_nothing_to_read_nothing_is_read_or_said(case, tmp_path, 
     if case == "no model":
         cfg = OmegaConf.create({"model": "${nowhere}"})
     if case == "a mark that is a folder":
-        (tmp_path / "cache" / "x" / MADE_OF).mkdir(parents=True)
+        (tmp_path / "cache" / "x" / BASE_FILE).mkdir(parents=True)
     if case == "imported":
         entry(tmp_path / "cache", "a" * 32, TINY, used=100)
         monkeypatch.setitem(sys.modules, "torch", object())
