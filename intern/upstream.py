@@ -713,6 +713,8 @@ def route_messages() -> None:
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # lists its backends for hardware that is not there
     # Reported for every batch of the last step of a resumed run, although no gathered batch had a remainder to drop.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+    # Reported for each layer and step of an int8 base on a CPU, where inputs are float32.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()

@@ -3,12 +3,13 @@
 import bitsandbytes as bnb
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, train
 from omegaconf import OmegaConf
 from transformers import BitsAndBytesConfig
 
 import intern.model.quant
 from intern.errors import UserError
+from intern.inference.answer import Intern
 from intern.model.base import Base
 from intern.model.precision import Precision
 from intern.model.quant import EightBit, FourBit, build_quant
@@ -71,3 +72,14 @@ def test_a_quantization_can_be_added_from_outside(monkeypatch):
     assert weight_bytes(base, added, torch.float32) < 0.8 * weight_bytes(base, None, torch.float32)
     with pytest.raises(UserError, match="quant.skipped: unknown key"):
         quant(load_in_fp4=True, skipped=["k_proj"])
+
+
+def test_an_int8_base_is_trained_and_queried(tmp_path, caplog):
+    run = train(tmp_path, "quant=int8", "trainer.max_steps=4", "trainer.min_steps=4", "data.eval_file=null")
+    losses = [entry["loss"] for entry in run.read_history() if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    assert "MatMul8bitLt" not in caplog.text
+    intern = Intern(run, {"max_new_tokens": 4, "do_sample": False})
+    layers = [module for module in intern.model.modules() if isinstance(module, bnb.nn.Linear8bitLt)]
+    assert len(layers) == 7 * 4 and {layer.weight.dtype for layer in layers} == {torch.int8}
+    assert isinstance(intern.answer("How much?"), str)
