@@ -176,7 +176,7 @@ def _make_folder(cfg: DictConfig, run: Run, against: Run | None, file: DataFile)
         raise UserError(f"name={name}: give the name of a folder, without slashes")
     folder = run.evaluation / str(name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        run.prepare_evaluation(folder.name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be created ({error.strerror})") from error
     return folder

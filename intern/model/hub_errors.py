@@ -37,5 +37,7 @@ def explain(error: BaseException, revision: str | None) -> str:
     if raised(RevisionNotFoundError, EntryNotFoundError):
         return f"a file is missing there (revision {revision}): check the name and model.revision"
     if "a `model_type` key in its config.json" in str(error):
-        return "has no config.json that names a model_type: give the folder or name of a model that transformers supports"
+        return (
+            "has no config.json that names a model_type: give the folder or name of a model that transformers supports"
+        )
     return " ".join(str(error).split())[:300]

@@ -155,6 +155,17 @@ class Run:
             with written.open("rb") as source:
                 shutil.copyfileobj(source, target)
 
+    def prepare_evaluation(self, name: str) -> Path:
+        """Create RUN/evaluation/NAME and check that an evaluation can write to it by path: nothing in it leads to a file elsewhere.
+
+        Raises:
+            UserError: the folder, evaluation/ or something in it is a link, a hard link or a special file.
+        """
+        folder = self.evaluation / name
+        make_folder(folder, self.path)
+        check_folder(folder, self.path, is_written=True)
+        return folder
+
     def has(self, path: Path) -> bool:
         """Return whether the run has this file; raise UserError if it is a link, or no regular file."""
         return exists(path, self.path)

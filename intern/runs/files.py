@@ -69,8 +69,13 @@ def check_file(path: Path, root: Path) -> int:
     return found.st_size
 
 
-def check_folder(path: Path, root: Path) -> list[str]:
+def check_folder(path: Path, root: Path, is_written: bool = False) -> list[str]:
     """Check that a folder and everything in it are neither links nor special files; return the sorted names in it.
+
+    Args:
+        path: the folder, below `root`.
+        root: the run directory.
+        is_written: refuse hard links too: writing to such a file would change the other one.
 
     Raises:
         UserError: names what is a link or special, or the path leads out of the run.
@@ -82,6 +87,8 @@ def check_folder(path: Path, root: Path) -> list[str]:
             found = os.stat(name, dir_fd=folder, follow_symlinks=False)
             if not stat.S_ISDIR(found.st_mode):
                 _check_kind(path / name, found)
+                if is_written and found.st_nlink > 1:
+                    raise UserError(f"{path / name}: is a hard link: writing to it would change the other file")
     return names
 
 

@@ -69,7 +69,8 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
         trackers.report(metrics, _sample_answers(model, plan, trackers.sample_answers))
         from intern.display.plot import plot_loss  # matplotlib takes 0.3 s to import: not before the first step
 
-        plot_loss(run.read_history(), run.loss_plot, metrics["best_step"])
+        with run.new_file(run.loss_plot) as file:
+            plot_loss(run.read_history(), file, metrics["best_step"])
         run.write_json(run.metrics, metrics | peak_memory())
     log.info("saved %s", run.path)
     return run.score()
