@@ -1,11 +1,14 @@
 """Files of a run directory are opened without following links, are regular, have a bounded size, and are replaced by rename."""
 
 import os
+import shutil
 import socket
 
 import pytest
+from helpers import composed
 
 from intern.errors import UserError
+from intern.evaluation.evaluate import evaluate
 from intern.runs.directory import Run
 from intern.runs.files import append_text, check_folder, exists, make_folder, read_bytes, remove_file, write_text
 
@@ -101,6 +104,24 @@ def test_no_path_leads_out_of_the_run(path, run):
     for act in (lambda file: read_bytes(file, run.path, 100), lambda file: write_text(file, run.path, "")):
         with pytest.raises(UserError, match="leads out|is the run directory"):
             act(run.path / path)
+
+
+@pytest.mark.parametrize(
+    "place", ["evaluation", "evaluation/golden", "evaluation/golden/report.html", "evaluation/golden/.scores.png"]
+)
+def test_an_evaluation_writes_through_no_link(place, trained_run, tmp_path):
+    run = Run(tmp_path / "run")
+    shutil.copytree(trained_run, run.path, ignore=shutil.ignore_patterns("wandb", "checkpoints"))
+    victim = tmp_path / "victim"
+    if place.endswith(("html", "png")):
+        victim.write_text("untouched")
+    else:
+        victim.mkdir()
+    (run.path / place).parent.mkdir(parents=True, exist_ok=True)
+    (run.path / place).symlink_to(victim)
+    with pytest.raises(UserError, match=f"{run.path / place}: is a link"):
+        evaluate(composed(f"run_dir={run.path}", "name=golden", name="evaluate"), run, None)
+    assert victim.read_text() == "untouched" if victim.is_file() else not list(victim.iterdir())
 
 
 def test_a_file_that_is_too_large_is_refused_without_reading_it(run, monkeypatch):
