@@ -6,6 +6,7 @@ replaced by renaming a new one that was written next to it.
 """
 
 import contextlib
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def read_bytes(path: Path, root: Path, most: int) -> bytes:
 
 
 @contextlib.contextmanager
-def open_file(path: Path, root: Path) -> Iterator[BinaryIO]:
+def open_file(path: Path, root: Path) -> Iterator[io.BufferedReader]:
     """Open a file of a run for reading. Raises what `read_bytes` raises."""
     with _parent(path, root) as folder, os.fdopen(_open(path, os.O_RDONLY | _CALM, folder), "rb") as file:
         yield file

@@ -19,7 +19,6 @@ from intern.units import MIB
 
 _JSON, _YAML = 16 * MIB, MIB // 4  # the largest files that are read, in bytes
 _DEEPEST = 32  # levels of a YAML file
-_LONGEST_NUMBER = 100  # digits; int() of a long one takes time, and float() of it fails
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # if PyYAML was built with libyaml: a tenth of the time
 
 
@@ -48,7 +47,7 @@ def json_object(path: Path, root: Path, most: int = _JSON) -> dict[str, Any]:
     """
     text = read_text(path, root, most)
     try:
-        content = json.loads(text, parse_constant=_refuse, parse_int=_whole, parse_float=_finite)
+        content = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}): is {root} a finished run?") from error
     if not isinstance(content, dict):
@@ -97,12 +96,6 @@ def _escaped(value: Any, path: Path) -> Any:
 
 def _refuse(constant: str) -> Any:
     raise ValueError(constant)
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > _LONGEST_NUMBER:
-        raise ValueError("a number with too many digits")
-    return int(digits)
 
 
 def _finite(digits: str) -> float:
