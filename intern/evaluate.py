@@ -5,7 +5,8 @@ from dataclasses import asdict
 from omegaconf import DictConfig
 
 from intern.cli.command import command
-from intern.runs.directory import Run, resolve
+from intern.runs.directory import Run
+from intern.runs.find import resolve
 
 
 @command("evaluate")

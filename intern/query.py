@@ -7,14 +7,14 @@ from omegaconf import DictConfig
 from intern.cli.command import command
 from intern.errors import UserError
 from intern.model.preload import importing
-from intern.runs.directory import resolve
+from intern.runs.find import resolve
 
 
 @command("query")
 def main(cfg: DictConfig) -> None:
     """Answers a question with a finished run."""
     run = resolve(cfg.run_dir)
-    with importing(run.read_config()):
+    with importing(run.read_config_to_load()):
         from intern.inference.answer import Intern  # heavy: keeps --help and a wrong run_dir fast
 
     intern = Intern(run, cfg.generation, cfg.base_model)

@@ -9,7 +9,9 @@ from intern.cli import sweep
 from intern.cli.command import command, quoted, text_of
 from intern.errors import UserError
 from intern.model.preload import importing
-from intern.runs.directory import Run, stopped
+from intern.runs.directory import Run
+from intern.runs.failures import discard_failed_attempt, record_failure
+from intern.runs.find import find_unfinished
 
 
 def _in_place(arguments: list[str]) -> list[str]:
@@ -19,7 +21,7 @@ def _in_place(arguments: list[str]) -> list[str]:
         return arguments
     if {"-m", "--multirun"} & set(arguments):
         raise UserError(f"resume={asked[-1]}: resumes one run; leave out --multirun")
-    run = stopped(asked[-1])
+    run = find_unfinished(asked[-1])
     kept = [text for text in arguments if not text.startswith("resume=")]
     return [*kept, quoted("resume", str(run.path)), quoted("hydra.run.dir", str(run.path)), "hydra.output_subdir=null"]
 
@@ -30,8 +32,8 @@ def main(cfg: DictConfig) -> float:
     hydra = HydraConfig.get()
     run, folder = Run(Path(hydra.runtime.output_dir)), sweep.folder(hydra)
     if folder is not None:
-        run.discard_failed_attempt()
-    with run.noting_failure():
+        discard_failed_attempt(run)
+    with record_failure(run):
         with importing(cfg):
             from intern.training.finetune import finetune  # heavy: keeps --help fast
             from intern.training.resume import resumed_config

@@ -147,7 +147,7 @@ TABLE = (
     ),
     Upstream(
         f"{_TRAINER}._save_checkpoint",
-        ("intern.runs.directory:_is_whole", "intern.verify:compare"),
+        ("intern.runs.directory:_is_complete", "intern.verify:compare"),
         "writes trainer_state.json last",
         "silent: a checkpoint that a kill has cut short is taken for a whole one",
         source=(
@@ -317,10 +317,17 @@ TABLE = (
     ),
     Upstream(
         "transformers.configuration_utils:PreTrainedConfig",
-        ("intern.model.base:Base._from_cache", "intern.model.quantized_cache:_identity"),
+        ("intern.model.quantized_cache:_read", "intern.model.quantized_cache:_identity"),
         "_name_or_path names the base in an adapter's configuration; _commit_hash is the revision on the hub",
         "silent: an adapter names the cache's folder as its base; bases of the hub are not cached",
         source=("_commit_hash", "_name_or_path"),
+    ),
+    Upstream(
+        "transformers.quantizers:HfQuantizer.preprocess_model",
+        ("intern.model.quant:Quantization.converted",),
+        "replaces the layers of a model without weights, as loading does; AutoHfQuantizer.from_config makes the quantizer",
+        "loud; silent if loading replaced other layers: wrong estimates of memory",
+        source=("_process_model_before_weight_loading",),
     ),
     Upstream(
         "transformers.modeling_utils:PreTrainedModel._supports_attention_backend",
@@ -336,7 +343,7 @@ TABLE = (
     ),
     Upstream(
         "transformers.models.auto.tokenization_auto:tokenizer_class_from_name",
-        ("intern.runs.untrusted:_check_tokenizer",),
+        ("intern.runs.adapter:_check_tokenizer",),
         "returns a class that is installed, or None; imports nothing that a run directory names",
         "loud",
         "(class_name)",
@@ -530,7 +537,7 @@ TABLE = (
     ),
     Upstream(
         "bitsandbytes.functional:QuantState",
-        ("intern.kernels.quantized_weight:_dequantized", "intern.model.base:Base.load"),
+        ("intern.kernels.quantized_weight:_dequantized", "intern.model.quant:FourBit.finish"),
         "has these fields; `nested` says that absmax is quantized too, with `state2` and `offset`",
         "loud, on a GPU only; silent for dtype: weights are dequantized to another dtype",
         "(absmax, shape, code, blocksize, quant_type, dtype, offset, state2)",
@@ -538,7 +545,7 @@ TABLE = (
     ),
     Upstream(
         "bitsandbytes.nn.modules:Linear4bit",
-        ("intern.model.base:Base.load",),
+        ("intern.model.quant:FourBit.finish",),
         "compute_type_is_set keeps compute_dtype; support_avx512bf16_for_cpu repacks the weight at the first evaluation",
         "silent: another compute dtype, or wrong gradients on CPUs with AVX512-BF16",
         source=("self.compute_dtype", "and self.support_avx512bf16_for_cpu", "if not self.compute_type_is_set:"),
@@ -716,6 +723,8 @@ def route_messages() -> None:
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # lists its backends for hardware that is not there
     # Reported for every batch of the last step of a resumed run, although no gathered batch had a remainder to drop.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+    # Reported for each layer and step of an int8 base on a CPU, where inputs are float32.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()

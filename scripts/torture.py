@@ -34,7 +34,8 @@ from intern.display.table import show
 from intern.errors import UserError
 from intern.inspection.resume_check import diff_runs
 from intern.paths import CONF_DIR
-from intern.runs.directory import Run, resolve
+from intern.runs.directory import Run
+from intern.runs.find import resolve
 
 STEPS, SAVE = 12, 3
 KINDS = ("file", "half", "time")

@@ -32,6 +32,7 @@ from intern.data.prompt import Prompt
 from intern.data.tokenize import tokenize
 from intern.model.base import Base
 from intern.model.precision import Precision
+from intern.model.quant import FourBit
 from intern.paths import PROJECT
 
 ROWS = 6000
@@ -55,7 +56,9 @@ def work(rows: Path, folder: Path) -> str:
     read = read_rows(DataFile.find(str(rows), "data.train_file"), needs_material=False)
     tokens = tokenize(read, tokenizer, prompt, 512, None).rows
     told = hashlib.sha256(json.dumps(tokens.to_list()).encode())
-    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    quant = FourBit(
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    )
     model = base.load(quant, Precision("cpu", torch.float32, False, False)).eval()
     with torch.no_grad():
         told.update(model(input_ids=torch.arange(32).reshape(1, 32)).logits.numpy().tobytes())

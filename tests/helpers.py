@@ -156,12 +156,15 @@ def tiny_trainer(path, quantized=True, dropout=0.0, targets=("q_proj", "v_proj")
 
     from intern.model.base import Base
     from intern.model.precision import Precision
+    from intern.model.quant import FourBit
     from intern.training.arguments import StepRules
     from intern.training.trainer import InternTrainer
 
     node = {"pretrained_model_name_or_path": "data/tiny_llama3", "attn_implementation": "isolated"}
     base = Base(OmegaConf.create(node))
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    nf4 = FourBit(
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    )
     ids = [list(range(100 + row, 130 + row)) for row in range(6)]
     labels = [[-100] * 20 + row[20:] for row in ids]
     args = SFTConfig(

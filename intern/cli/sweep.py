@@ -18,7 +18,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from intern.errors import UserError, one_line
-from intern.runs.directory import Run, runs_below
+from intern.runs.directory import Run
+from intern.runs.find import runs_below
 
 log = logging.getLogger(__name__)
 log_file = logging.getLogger(

@@ -176,7 +176,7 @@ def _make_folder(cfg: DictConfig, run: Run, against: Run | None, file: DataFile)
         raise UserError(f"name={name}: give the name of a folder, without slashes")
     folder = run.evaluation / str(name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        run.prepare_evaluation(folder.name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be created ({error.strerror})") from error
     return folder
@@ -221,7 +221,7 @@ def _predictions(
 
 def _answer(cfg: DictConfig, run: Run, sides: list[Side], golden: Dataset, done: Predictions) -> None:
     """Load one run and answer with it, with and without its adapter as `sides` need."""
-    with importing(run.read_config()):
+    with importing(run.read_config_to_load()):
         import torch
 
         from intern.inference.answer import Intern

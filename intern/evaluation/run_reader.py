@@ -1,6 +1,6 @@
 """One run directory -> what a comparison needs of it, or the reason why it cannot be compared.
 
-Run directories are untrusted: files are read through intern.runs.untrusted, which bounds their size and follows no link out of the run,
+Run directories are untrusted: files are read through intern.runs.untrusted, which bounds their size and follows no link,
 and values that training would never write are refused before anything computes with them.
 """
 
@@ -16,6 +16,7 @@ from intern.errors import UserError
 from intern.evaluation.bootstrap import FEW
 from intern.evaluation.metrics import Metric, Place, metrics_at
 from intern.runs.directory import Run
+from intern.runs.files import open_file
 from intern.runs.untrusted import json_object, read_text, yaml_mapping
 
 _LARGEST = 1e15  # nothing that training measures is larger
@@ -220,12 +221,13 @@ def _why_unfinished(run: Run) -> str:
 
 
 def _end(path: Path, run: Run) -> str:
-    """Return the end of a text file of the run; empty if there is none, or a link leads out of the run."""
-    if not path.is_file() or not path.resolve().is_relative_to(run.path.resolve()):
+    """Return the end of a text file of the run; empty if there is none, or it is a link."""
+    try:
+        with open_file(path, run.path) as file:
+            file.seek(max(0, file.seek(0, 2) - _LOG_END))
+            return file.read(_LOG_END).decode("utf-8", errors="replace")
+    except (OSError, UserError):
         return ""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _LOG_END))
-        return file.read(_LOG_END).decode("utf-8", errors="replace")
 
 
 def _overrides(folder: Path) -> list[str]:

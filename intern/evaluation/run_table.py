@@ -11,7 +11,7 @@ from intern.config.suggestions import unknown
 from intern.errors import UserError
 from intern.evaluation.metrics import METRICS, Place, metrics_at
 from intern.evaluation.run_reader import FinishedRun, OtherRun, columns, read_run
-from intern.runs.directory import RUN_ROOTS
+from intern.runs.find import RUN_ROOTS
 
 _ALWAYS_SHOWN = ("lora.r", "trainer.learning_rate")
 _FIRST_IF_DIFFERENT = ("lora.lora_alpha", "lora.scale")  # without them, a sweep over ranks cannot be read

@@ -10,6 +10,7 @@ from intern.data.prompt import Prompt
 from intern.errors import UserError
 from intern.paths import find
 from intern.runs.directory import Run
+from intern.runs.files import open_file
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def fingerprint(side: Side) -> dict[str, Any]:
         "max_length": cfg.trainer.max_length,
         "prompt": side.run.read_json(side.run.prompt),
         "with_material": side.with_context,
-        "adapter": [_sha256(file) for file in adapter] if side.adapted else None,
+        "adapter": [_sha256(file, side.run.path) for file in adapter] if side.adapted else None,
     }
 
 
@@ -78,8 +79,8 @@ def _base_of(run: Run) -> str:
     return str(run.read_config().model.pretrained_model_name_or_path)
 
 
-def _sha256(path: Path) -> str | None:
+def _sha256(path: Path, root: Path) -> str | None:
     if not path.is_file():
         return None  # loading the adapter reports what is missing
-    with path.open("rb") as file:
+    with open_file(path, root) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from intern.data.prompt import Prompt
@@ -17,9 +17,11 @@ from intern.inference.generate import build_generation, generate
 from intern.model.base import Base
 from intern.model.precision import plan_inference
 from intern.model.quant import build_quant
+from intern.model.sizes import check_fit
 from intern.paths import CONF_DIR
-from intern.runs.directory import Run, resolve
-from intern.runs.untrusted import check_adapter, shapes
+from intern.runs.adapter import check_adapter, check_tensors
+from intern.runs.directory import Run
+from intern.runs.find import resolve
 from intern.upstream import route_messages
 
 log = logging.getLogger(__name__)
@@ -40,11 +42,7 @@ class Intern:
             UserError: a file of the run or its base model cannot be read, or a key of `generation` is wrong.
         """
         route_messages()
-        cfg = run.read_config()
-        if cfg.model.get("quantized_cache") is not None:  # a stranger's run does not say where files are written
-            shipped = OmegaConf.load(CONF_DIR / "model" / "llama3_8b.yaml")
-            OmegaConf.update(cfg, "model.quantized_cache", shipped.quantized_cache)
-            OmegaConf.update(cfg, "model.quantized_cache_gib", shipped.quantized_cache_gib)
+        cfg = run.read_config_to_load()
         place = f"{run.config}: " if model is None else ""
         if model is not None:
             OmegaConf.update(cfg, "model.pretrained_model_name_or_path", model)
@@ -58,8 +56,9 @@ class Intern:
             quant = build_quant(cfg.quant)
         except UserError as error:
             raise UserError(f"{place}{error}") from error
-        self.precision = plan_inference(quant.bnb_4bit_compute_dtype if quant is not None else None)
-        base.check_fit(quant, self.precision)
+        lora = check_tensors(lora, base.skeleton, run.adapter)
+        self.precision = plan_inference(quant.compute_dtype if quant is not None else None)
+        check_fit(base, quant, self.precision)
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 run.adapter, trust_remote_code=False, local_files_only=True
@@ -67,12 +66,6 @@ class Intern:
             self.generation = build_generation(generation, self.prompt, self.tokenizer)
             base_model = base.load(quant, self.precision)
             self.model = PeftModel.from_pretrained(base_model, str(run.adapter), config=lora).eval()
-            weights = run.adapter / "adapter_model.safetensors"
-            wanted = set(get_peft_model_state_dict(self.model, save_embedding_layers=False))
-            if missing := sorted(wanted - {name for name, _ in shapes(weights)}):
-                raise UserError(
-                    f"{weights}: {len(missing)} tensors are missing, such as {missing[0]}: answers would be wrong"
-                )
         except Exception as error:  # of a file that is not as it should be, tokenizers and PEFT raise whatever comes
             if isinstance(error, UserError):
                 raise
@@ -108,7 +101,7 @@ class Intern:
 
 def _tell_where_from(run: Run, cfg: DictConfig) -> None:
     """A run from elsewhere decides one thing that its reader may not expect: the base model that is loaded."""
-    made_at = run.read_json(run.environment).get("run_dir") if run.environment.exists() else None
+    made_at = run.read_json(run.environment).get("run_dir") if run.has(run.environment) else None
     if made_at != str(run.path):
         log.warning(
             "%s was trained elsewhere; the base model that it names is %s (base_model=... takes another)",

@@ -24,6 +24,8 @@ def check_gpu_memory(pieces: DoctorPieces) -> Check:
     base, peak = pieces.known("base", "model"), _peak(pieces)
     import torch
 
+    from intern.model.sizes import check_fit
+
     chosen = pieces.trainer.get("activation_checkpointing")
     least = peak.kept if chosen is False else peak.recomputed
     found = f"about {least / GIB:.1f} GiB needed" + (
@@ -31,7 +33,7 @@ def check_gpu_memory(pieces: DoctorPieces) -> Check:
     )
     if not torch.cuda.is_available():
         return Check("GPU memory", AMBER, f"{found}; there is no GPU to compare with", "fix GPU first")
-    base.check_fit(pieces.quant, pieces.known("precision", "precision"))
+    check_fit(base, pieces.quant, pieces.known("precision", "precision"))
     cap = torch.cuda.get_device_properties(0).total_memory * torch.cuda.get_per_process_memory_fraction()
     return _fits("GPU memory", found, least, min(torch.cuda.mem_get_info()[0], cap), _smaller(chosen))
 
@@ -40,7 +42,9 @@ def check_host_memory(pieces: DoctorPieces) -> Check:
     """Compare an estimate of what loading and training take with the free memory of the host."""
     peak = None
     if pieces.on_cpu:
-        pieces.known("base", "model").check_fit(pieces.quant, pieces.known("precision", "precision"))
+        from intern.model.sizes import check_fit
+
+        check_fit(pieces.known("base", "model"), pieces.quant, pieces.known("precision", "precision"))
         peak = _peak(pieces)
     need = host_memory(pieces.on_cpu, peak)
     return _fits("host memory", f"about {need / GIB:.1f} GiB needed", need, available_memory(), "close other programs")

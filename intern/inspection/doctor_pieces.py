@@ -106,12 +106,14 @@ class DoctorPieces(PlanPieces):
         import torch
         from peft.tuners.lora import LoraLayer
 
+        from intern.model.sizes import weight_bytes
+
         text = self.base.config.get_text_config()
         try:
             dtype, on_gpu = self.precision.dtype, self.precision.device == "cuda"
         except UserError:  # there is no such GPU here: assume what the configuration asks for
-            dtype, on_gpu = getattr(self.quant, "bnb_4bit_compute_dtype", None) or torch.float16, True
-        weights = self.base.weight_bytes(self.quant, dtype)
+            dtype, on_gpu = getattr(self.quant, "compute_dtype", None) or torch.float16, True
+        weights = weight_bytes(self.base, self.quant, dtype)
         if weights is None:
             raise UserError("model: its own quantization has an unknown size")
         heads = getattr(text, "num_key_value_heads", text.num_attention_heads)

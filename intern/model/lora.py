@@ -9,15 +9,23 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from intern.config.build import build, plain
+from intern.errors import UserError
+from intern.runs.adapter import changes_base
 
 
 def build_lora(node: DictConfig) -> LoraConfig:
-    """The adapter's shape.
+    """Return the adapter's configuration.
 
     Raises:
-        UserError: an unknown key, a value of the wrong type, or one that PEFT refuses.
+        UserError: an unknown key, a value of the wrong type, one that PEFT refuses, or one that would change the base model's weights.
     """
-    return build(LoraConfig, plain(node), "lora")
+    lora = build(LoraConfig, plain(node), "lora")
+    if (change := changes_base(lora)) is not None:
+        raise UserError(
+            f"lora.{change}: changes the base model's own weights, which evaluations compare with and other runs share: "
+            f"leave lora.{change.partition('=')[0]} at its default"
+        )
+    return lora
 
 
 def limit_to_text(lora: LoraConfig, skeleton: PreTrainedModel) -> LoraConfig:

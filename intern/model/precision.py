@@ -1,4 +1,4 @@
-"""What this machine can compute in: the device, the dtype, and how fp16 training stays sane."""
+"""The device and the dtypes that a run computes in on this machine."""
 
 import logging
 from dataclasses import dataclass
@@ -12,14 +12,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Precision:
-    """The plan of one run.
+    """Device and dtypes of one run.
 
-    fp16 and bf16 are SFTConfig's switches (autocast; fp16 with loss scaling). dtype is what weights that are not quantized are held in
-    and what quantized matmuls compute in. Adapters are float32 always: GradScaler cannot unscale 16-bit gradients, and small updates
-    vanish in bfloat16.
+    Adapters are always float32: GradScaler cannot unscale 16-bit gradients, and small updates vanish in bfloat16.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        dtype: of weights that are not quantized, and of matmuls with quantized ones.
+        fp16, bf16: SFTConfig's switches (autocast; fp16 with loss scaling).
     """
 
-    device: str  # "cuda" or "cpu"
+    device: str
     dtype: torch.dtype
     fp16: bool
     bf16: bool
@@ -31,15 +34,15 @@ class Precision:
 
 
 def plan_training(use_cpu: bool, fp16: bool | None, bf16: bool | None, compute_dtype: torch.dtype | None) -> Precision:
-    """The precision of a training run on this machine.
+    """Return the precision of a training run on this machine.
 
     Args:
         use_cpu: trainer.use_cpu.
-        fp16, bf16: trainer.fp16 and trainer.bf16. None leaves the choice to the card; both False is full precision.
-        compute_dtype: quant.bnb_4bit_compute_dtype, None without quantization.
+        fp16, bf16: trainer.fp16 and trainer.bf16. None: the GPU decides; both False: full precision.
+        compute_dtype: quant.bnb_4bit_compute_dtype; None if the quantization chooses none.
 
     Raises:
-        UserError: no GPU, a precision that the card lacks, or keys that contradict each other.
+        UserError: no GPU, a precision that the GPU lacks, or keys that contradict each other.
     """
     check_training_precision(use_cpu, fp16, bf16, compute_dtype)
     if use_cpu:
@@ -56,7 +59,7 @@ def plan_training(use_cpu: bool, fp16: bool | None, bf16: bool | None, compute_d
         bf16 = has_bf16 and bf16 is None
         fp16 = not bf16 and fp16 is None
     dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
-    _check_agreement(fp16, bf16, compute_dtype)  # what the card chose must agree too
+    _check_agreement(fp16, bf16, compute_dtype)  # what the GPU decided must agree too
     return Precision("cuda", dtype, fp16=bool(fp16), bf16=bool(bf16))
 
 
@@ -79,7 +82,7 @@ def check_training_precision(
 
 
 def _check_agreement(fp16: bool | None, bf16: bool | None, compute_dtype: torch.dtype | None) -> None:
-    """Raises UserError where quantized matmuls would compute in another dtype than the rest."""
+    """Raise UserError if quantized matmuls would compute in another dtype than the rest."""
     dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else None
     if None not in (compute_dtype, dtype) and compute_dtype != dtype:
         wanted, quant = ("fp16", "nf4_fp16") if fp16 else ("bf16", "nf4_bf16")
@@ -88,10 +91,10 @@ def _check_agreement(fp16: bool | None, bf16: bool | None, compute_dtype: torch.
 
 
 def plan_inference(compute_dtype: torch.dtype | None) -> Precision:
-    """The precision to answer in: the one the run was trained in as far as this machine has it, float32 without a GPU.
+    """Return the precision to answer in: the run's own if this machine has it, float32 without a GPU.
 
     Args:
-        compute_dtype: quant.bnb_4bit_compute_dtype of the run, None without quantization.
+        compute_dtype: quant.bnb_4bit_compute_dtype of the run; None if its quantization chooses none.
     """
     if torch.cuda.is_available():
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,7 +1,8 @@
-"""What a command does while it imports its libraries, which takes longer than all else before its first step or answer."""
+"""Read the base's weights ahead while a command imports its libraries, which takes longer than anything else before its first step."""
 
 import contextlib
 import gc
+import stat
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,21 +12,24 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from intern.paths import find
+from intern.runs.files import read_bytes
 
-MADE_OF = "base.txt"  # of an entry of the quantized cache: the name or folder of its base
+BASE_FILE = "base.txt"  # of an entry of the quantized cache: the name or folder of its base
 _KEYS = ("pretrained_model_name_or_path", "quantized_cache")
 _BLOCK = 16 * 2**20  # bytes
+_LONGEST_NAME = 4096  # bytes of BASE_FILE
 
 
 @contextlib.contextmanager
 def importing(cfg: DictConfig | None = None) -> Iterator[None]:
-    """Around the imports: meanwhile the base that will probably be loaded is read, and Python's garbage collector rests.
+    """Wrap the imports: meanwhile the base that will probably be loaded is read, and Python's garbage collector is off.
 
-    The libraries' five thousand modules make objects that stay. To search them for garbage again and again takes a sixth of the time
-    that the imports take, and once all are there, every later search leaves them out.
+    The libraries' 5,000 modules create objects that stay. Searching them for garbage again and again takes a sixth of the time of the
+    imports; once all of them are there, gc.freeze excludes them from later searches.
 
     Args:
-        cfg: a training run's configuration; None where no weights will be loaded.
+        cfg: the configuration whose model will be loaded; None if no weights will be loaded. That of a run must come from
+            `Run.read_config_to_load`: a run does not choose what is read here.
     """
     if "torch" in sys.modules:  # all this is done already, in a sweep's second job
         yield
@@ -41,11 +45,11 @@ def importing(cfg: DictConfig | None = None) -> Iterator[None]:
 
 
 def _read_ahead(cfg: DictConfig) -> None:
-    """Starts to read, into the operating system's page cache, the kept quantized form of this base that was used last.
+    """Start to read the cached quantized form of this base that was used last into the operating system's page cache.
 
     Nothing waits for it, and a wrong guess costs only the reading.
     """
-    with contextlib.suppress(OSError, RuntimeError, ValueError, OmegaConfBaseException):  # a mistake is told later
+    with contextlib.suppress(OSError, RuntimeError, ValueError, OmegaConfBaseException):  # mistakes are reported later
         name, folder = (OmegaConf.select(cfg, f"model.{key}") for key in _KEYS)
         if isinstance(name, str) and isinstance(folder, str):
             files = _last_used(Path(folder).expanduser(), str(find(name) or name))
@@ -53,16 +57,22 @@ def _read_ahead(cfg: DictConfig) -> None:
 
 
 def _last_used(cache: Path, base: str) -> list[Path]:
-    """The files of the entry that was made of this base; of the one that was used last where there are several."""
-    entries = [mark.parent for mark in cache.glob(f"*/{MADE_OF}") if mark.read_text(encoding="utf-8") == base]
+    """Return the files of the entry that was made of this base, or of the one that was used last if there are several."""
+    entries = [mark.parent for mark in cache.glob(f"*/{BASE_FILE}") if _made_of(mark, cache) == base]
     if not entries:
         return []
     last = max(entries, key=lambda entry: entry.stat().st_mtime)
-    return sorted(file for file in last.glob("*.safetensors") if file.is_file())
+    return sorted(file for file in last.glob("*.safetensors") if stat.S_ISREG(file.lstat().st_mode))
+
+
+def _made_of(mark: Path, cache: Path) -> str | None:
+    with contextlib.suppress(OSError, ValueError):  # anything but a small regular file, or no text
+        return read_bytes(mark, cache, _LONGEST_NAME).decode("utf-8")
+    return None
 
 
 def _read(files: Sequence[Path]) -> int:
-    """How many bytes they have."""
+    """Read the files and return the number of bytes."""
     block, count = bytearray(_BLOCK), 0
     with contextlib.suppress(OSError):
         for file in files:

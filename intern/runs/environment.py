@@ -1,4 +1,4 @@
-"""What a run ran on: versions, hardware, code and data, for environment.json."""
+"""What a run was made with: versions, hardware, code and data, for environment.json."""
 
 import os
 import platform
@@ -32,7 +32,7 @@ _PACKAGES = (
 
 
 def describe(files: list[DataFile]) -> dict[str, Any]:
-    """Python, package versions, the machine, the code's git commit (None outside a checkout) and the data files with their SHA-256."""
+    """Return versions, the machine, the code's git commit (None outside a checkout) and the SHA-256 of the data files."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -46,10 +46,10 @@ def describe(files: list[DataFile]) -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, float]:
-    """The most memory held at once so far, in GiB.
+    """Return the peak memory of this process so far, in GiB.
 
-    On the host it is the resident set, with the pages of the model's mapped files: the system takes those back when it needs them.
-    On a GPU it is what tensors held, and what was reserved for them.
+    On the host it is the resident set, including pages of the model's mapped files, which the system can evict. On a GPU it is the
+    memory of tensors, and the memory that was reserved for them.
     """
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peak = {"peak_host_rss_gib": round(host / GIB, 2)}
@@ -62,7 +62,7 @@ def peak_memory() -> dict[str, float]:
 def _version(name: str) -> str | None:
     try:
         return version(name)
-    except PackageNotFoundError:  # run from a checkout that was not installed
+    except PackageNotFoundError:  # a checkout that is not installed
         return None
 
 
@@ -79,7 +79,7 @@ def _gpu() -> dict[str, Any] | None:
 
 
 def _git() -> dict[str, Any] | None:
-    if not (PROJECT / ".git").exists():  # installed: a repository around it would be another project's
+    if not (PROJECT / ".git").exists():  # installed: a repository around it would be that of another project
         return None
 
     def ask(*arguments: str) -> str:

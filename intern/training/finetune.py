@@ -19,6 +19,8 @@ from intern.errors import RunError, UserError
 from intern.inference.losses import answer_losses
 from intern.runs.directory import Run
 from intern.runs.environment import describe, peak_memory
+from intern.runs.failures import explain_disk_errors
+from intern.runs.lock import lock
 from intern.training.callbacks import build_callbacks
 from intern.training.golden_answers import answer_golden_questions, score_answers
 from intern.training.plan import TrainingPlan, build_plan
@@ -59,7 +61,7 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
         return run.score()
     log.info("%s", plan.data.found)
     log.info("%s", plan.precision)
-    with run.lock(), run.told_when_full(), track(plan.logger, _open(run, cfg, plan, sweep)) as trackers:
+    with lock(run), explain_disk_errors(run), track(plan.logger, _open(run, cfg, plan, sweep)) as trackers:
         model, metrics = _train(plan.base.load(plan.quant, plan.precision), run, plan, trackers)
         with run.new_adapter() as folder:
             model.save_pretrained(str(folder))
@@ -68,7 +70,8 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
         trackers.report(metrics, _sample_answers(model, plan, trackers.sample_answers))
         from intern.display.plot import plot_loss  # matplotlib takes 0.3 s to import: not before the first step
 
-        plot_loss(run.read_history(), run.loss_plot, metrics["best_step"])
+        with run.new_file(run.loss_plot) as file:
+            plot_loss(run.read_history(), file, metrics["best_step"])
         run.write_json(run.metrics, metrics | peak_memory())
     log.info("saved %s", run.path)
     return run.score()
@@ -104,7 +107,7 @@ def _open(run: Run, cfg: DictConfig, plan: TrainingPlan, sweep: str | None) -> T
         if before.get("gpu") != environment["gpu"]:
             run.memory.unlink(missing_ok=True)  # measured on another GPU
     run.metrics.unlink(missing_ok=True)  # from here on the run is unfinished again
-    run.drop_drafts()
+    run.remove_partial_files()
     run.write_config(cfg)
     run.write_json(run.prompt, plan.prompt.to_json())
     run.write_json(run.environment, environment)

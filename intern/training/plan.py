@@ -20,7 +20,7 @@ from intern.runs.directory import Run
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
     from intern.data.files import DataFile
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from intern.model.attention import Attention
     from intern.model.base import Base
     from intern.model.precision import Precision
+    from intern.model.quant import Quantization
     from intern.training.arguments import StepRules
     from intern.training.model_rules import Shape
 
@@ -66,7 +67,7 @@ class TrainingPlan:
         "Callable[[Any], FitMemory] | None"  # of a trainer; on a GPU, unless trainer.activation_checkpointing=false
     )
     lora: "LoraConfig"
-    quant: "BitsAndBytesConfig | None"
+    quant: "Quantization | None"
     precision: "Precision"
     base: "Base"
     tokenizer: "PreTrainedTokenizerBase"
@@ -208,7 +209,7 @@ class PlanPieces:
         return build_lora(self.cfg.lora)
 
     @piece
-    def quant(self) -> "BitsAndBytesConfig | None":
+    def quant(self) -> "Quantization | None":
         """The quantization of the base model."""
         from intern.model.quant import build_quant
 
@@ -285,8 +286,10 @@ class PlanPieces:
     @piece
     def room_for_weights(self) -> None:
         """Raises UserError if the weights alone are too large for the device."""
+        from intern.model.sizes import check_fit
+
         if self._asks_gpu or self.on_cpu:
-            self.base.check_fit(self.quant, self.precision)
+            check_fit(self.base, self.quant, self.precision)
 
     @piece
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -372,5 +375,5 @@ class PlanPieces:
 
     @property
     def _precision_keys(self) -> tuple[bool, bool | None, bool | None, Any]:
-        compute_dtype = self.quant.bnb_4bit_compute_dtype if self.quant is not None else None
+        compute_dtype = self.quant.compute_dtype if self.quant is not None else None
         return self.on_cpu, self.trainer.get("fp16"), self.trainer.get("bf16"), compute_dtype

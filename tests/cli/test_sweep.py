@@ -19,7 +19,8 @@ from intern.cli import sweep as jobs
 from intern.display.plot import plot_sweep
 from intern.errors import UserError
 from intern.paths import CONF_DIR
-from intern.runs.directory import Run, resolve
+from intern.runs.directory import Run
+from intern.runs.find import resolve
 
 FAST = (
     *SHORT[1:],

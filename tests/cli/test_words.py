@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from intern.cli.command import literal, text_of
 from intern.errors import UserError
-from intern.runs.directory import Run, resolve
+from intern.runs.directory import Run
+from intern.runs.find import resolve
 from intern.train import _in_place
 
 TEXTS = [

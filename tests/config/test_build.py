@@ -40,7 +40,7 @@ def training_args(cfg, path, evaluates=True):
 
 def test_the_groups_have_the_promised_options():
     assert GROUPS["model"] == ["llama32_1b", "llama3_8b", "llama3_8b_nf4", "smollm2_135m", "tiny"]
-    assert GROUPS["quant"] == ["nf4_bf16", "nf4_fp16", "none"]
+    assert GROUPS["quant"] == ["int8", "nf4_bf16", "nf4_fp16", "none"]
     assert GROUPS["lora"] == ["all_linear", "all_linear_rslora", "dora", "qkvo"]
     assert GROUPS["trainer"] == ["ampere", "cpu_min100", "t4_min100"]
     assert GROUPS["data"] == ["train_jsonl"]
@@ -62,9 +62,11 @@ def test_every_quant_builds(name):
     quant = build_quant(composed(f"quant={name}").quant)
     if name == "none":
         assert quant is None
+    elif name == "int8":
+        assert quant.config.load_in_8bit and quant.compute_dtype is None
     else:
-        assert quant.load_in_4bit and quant.bnb_4bit_use_double_quant
-        assert quant.bnb_4bit_compute_dtype == {"nf4_fp16": torch.float16, "nf4_bf16": torch.bfloat16}[name]
+        assert quant.config.load_in_4bit and quant.config.bnb_4bit_use_double_quant
+        assert quant.compute_dtype == {"nf4_fp16": torch.float16, "nf4_bf16": torch.bfloat16}[name]
 
 
 @pytest.mark.parametrize("name", GROUPS["lora"])

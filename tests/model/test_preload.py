@@ -1,8 +1,9 @@
-"""While libraries are being imported the right files are read, wholly, and nothing is said about what is wrong."""
+"""While libraries are imported the right files are read completely, and nothing is printed about what is wrong."""
 
 import contextlib
 import gc
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from helpers import ROOT
 from omegaconf import OmegaConf
 
 import intern.model.preload
-from intern.model.preload import MADE_OF, _read, importing
+from intern.model.preload import BASE_FILE, _read, importing
 
 TINY = str(ROOT / "data/tiny_llama3")
 
@@ -19,7 +20,7 @@ TINY = str(ROOT / "data/tiny_llama3")
 def entry(cache, name, base, used, sizes=(40, 2)):
     folder = cache / name
     folder.mkdir(parents=True)
-    (folder / MADE_OF).write_text(base)
+    (folder / BASE_FILE).write_text(base)
     for index, size in enumerate(sizes):
         (folder / f"model-{index}.safetensors").write_bytes(bytes(size * 2**20))
     os.utime(folder, (used, used))
@@ -75,7 +76,7 @@ def test_where_there_is_nothing_to_read_nothing_is_read_or_said(case, tmp_path, 
     if case == "no model":
         cfg = OmegaConf.create({"model": "${nowhere}"})
     if case == "a mark that is a folder":
-        (tmp_path / "cache" / "x" / MADE_OF).mkdir(parents=True)
+        (tmp_path / "cache" / "x" / BASE_FILE).mkdir(parents=True)
     if case == "imported":
         entry(tmp_path / "cache", "a" * 32, TINY, used=100)
         monkeypatch.setitem(sys.modules, "torch", object())
@@ -83,6 +84,46 @@ def test_where_there_is_nothing_to_read_nothing_is_read_or_said(case, tmp_path, 
     start(None)
     assert sum(count for _, count in read) == 0
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless device", "huge", "link", "no text"])
+def test_a_cache_with_something_else_in_place_of_a_name_is_not_read(kind, tmp_path, read, capfd):
+    folder = entry(tmp_path / "cache", "a" * 32, TINY, used=100)
+    mark = folder / BASE_FILE
+    mark.unlink()
+    if kind == "pipe":
+        os.mkfifo(mark)
+    elif kind == "huge":
+        mark.touch()
+        os.truncate(mark, 2**40)
+    elif kind == "no text":
+        mark.write_bytes(b"\xff\xfe")
+    else:
+        (tmp_path / "name").write_text(TINY)
+        mark.symlink_to("/dev/zero" if kind == "endless device" else tmp_path / "name")
+    start(configuration(tmp_path / "cache"))
+    assert read == [([], 0)] and capfd.readouterr() == ("", "")
+
+
+def test_weights_of_the_cache_that_are_no_regular_files_are_not_read(tmp_path, read):
+    folder = entry(tmp_path, "a" * 32, TINY, used=100, sizes=(1,))
+    os.mkfifo(folder / "b.safetensors")
+    (folder / "c.safetensors").symlink_to("/dev/zero")
+    start(configuration(tmp_path))
+    assert read == [([folder / "model-0.safetensors"], 2**20)]
+
+
+def test_a_query_does_not_read_ahead_where_the_run_says(trained_run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained_run, copy, ignore=shutil.ignore_patterns("wandb", "checkpoints"))
+    cfg = OmegaConf.load(copy / "config.yaml")
+    cfg.model.quantized_cache = str(tmp_path)
+    OmegaConf.save(cfg, copy / "config.yaml")
+    code = (
+        f"import sys; sys.argv[1:] = {[f'run_dir={copy}', 'question=Why?']}\nimport intern.query as m\n"
+        "m.importing = lambda cfg: sys.exit(33 if cfg.model.quantized_cache == '~/.cache/intern/quantized' else 34)\nm.main()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 33
 
 
 def test_a_file_that_goes_while_it_is_read_ends_the_reading(tmp_path):

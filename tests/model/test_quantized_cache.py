@@ -1,4 +1,4 @@
-"""A base that was quantized once comes from the cache, the same to the bit."""
+"""A base that was quantized before is read from the cache, bit for bit the same."""
 
 import shutil
 
@@ -13,16 +13,20 @@ from intern.errors import UserError
 from intern.inference.answer import Intern
 from intern.model.base import Base
 from intern.model.precision import Precision
-from intern.model.preload import MADE_OF
+from intern.model.preload import BASE_FILE
+from intern.model.quant import FourBit
 from intern.runs.directory import Run
 
 PRECISION = Precision("cpu", torch.float32, False, False)
-QUANT = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.float32,
+QUANT = FourBit(
+    BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
 )
+FP4 = FourBit(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.float32))
 
 
 def base(cache, gib=1, name=ROOT / "data/tiny_llama3"):
@@ -43,7 +47,7 @@ def test_the_second_load_reads_the_cache_and_gives_the_same_model(tmp_path, monk
     cache = tmp_path / "cache"
     first = base(cache).load(QUANT, PRECISION)
     [entry] = entries(cache)
-    assert (entry / MADE_OF).read_text() == str(ROOT / "data/tiny_llama3")
+    assert (entry / BASE_FILE).read_text() == str(ROOT / "data/tiny_llama3")
     read = []
     real = AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(
@@ -66,7 +70,7 @@ def test_another_quantization_other_weights_or_another_dtype_are_another_entry(c
     base(cache, name=copy).load(QUANT, PRECISION)
     quant, precision = QUANT, PRECISION
     if change == "quantization":
-        quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.float32)
+        quant = FP4
     elif change == "dtype":
         precision = Precision("cpu", torch.bfloat16, False, False)
     else:
@@ -75,13 +79,13 @@ def test_another_quantization_other_weights_or_another_dtype_are_another_entry(c
     assert len(entries(cache)) == 2
 
 
-def test_a_damaged_entry_is_quantized_anew(tmp_path, caplog):
+def test_a_damaged_entry_is_quantized_again(tmp_path, caplog):
     expected = logits(base(tmp_path).load(QUANT, PRECISION))
     [entry] = entries(tmp_path)
     weights = entry / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     assert torch.equal(logits(base(tmp_path).load(QUANT, PRECISION)), expected)
-    assert "quantizing anew" in caplog.text and entries(tmp_path) == [entry]
+    assert "quantizing again" in caplog.text and entries(tmp_path) == [entry]
 
 
 def test_a_kill_while_an_entry_is_written_leaves_none(tmp_path, monkeypatch):
@@ -108,8 +112,7 @@ def test_the_entry_that_was_not_used_for_the_longest_time_goes_first(tmp_path, c
     base(tmp_path).load(QUANT, PRECISION)
     [old] = entries(tmp_path)
     size = sum(file.stat().st_size for file in old.iterdir())
-    other = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.float32)
-    base(tmp_path, gib=1.5 * size / 2**30).load(other, PRECISION)
+    base(tmp_path, gib=1.5 * size / 2**30).load(FP4, PRECISION)
     [new] = entries(tmp_path)
     assert new != old
     base(tmp_path, gib=0.5 * size / 2**30).load(QUANT, PRECISION)
@@ -119,7 +122,7 @@ def test_the_entry_that_was_not_used_for_the_longest_time_goes_first(tmp_path, c
 def test_a_place_that_cannot_be_written_stops_nothing(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     base(tmp_path / "file" / "cache").load(QUANT, PRECISION)
-    assert "the quantized base is not kept" in caplog.text
+    assert "the quantized base is not stored" in caplog.text
 
 
 @pytest.mark.parametrize(

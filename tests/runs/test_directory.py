@@ -1,4 +1,4 @@
-"""The run directory: found, written whole, read back."""
+"""What training writes is read back, and only complete files ever appear."""
 
 import json
 import os
@@ -8,47 +8,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from intern.errors import BusyError, RunError, UserError
-from intern.runs.directory import Run, resolve
-
-
-def finished(path, loss, age=0):
-    path.mkdir(parents=True)
-    run = Run(path)
-    run.write_config(OmegaConf.create({"seed": 1}))
-    run.write_json(run.metrics, {"eval_loss": loss, "train_loss": 9.0})
-    os.utime(run.metrics, (1e9 - age, 1e9 - age))
-    return path
-
-
-def test_latest_best_sweeps_and_paths_are_found(tmp_path):
-    old_best = finished(tmp_path / "outputs/2024-01-01/10-00-00", 0.5, age=100)
-    newest = finished(tmp_path / "outputs/2024-01-02/10-00-00", 0.9)
-    job0 = finished(tmp_path / "multirun/2024-01-01/11-00-00/0", 0.8, age=50)
-    job1 = finished(tmp_path / "multirun/2024-01-01/11-00-00/1", 0.7, age=60)
-    assert resolve("latest", tmp_path).path == newest
-    assert resolve("best", tmp_path).path == old_best
-    assert resolve("multirun/2024-01-01/11-00-00", tmp_path).path == job1
-    assert resolve(job0, tmp_path).path == job0
-    assert resolve("outputs/2024-01-02/10-00-00", tmp_path).path == newest
-
-
-def test_an_unfinished_run_is_never_taken_for_a_finished_one(tmp_path):
-    unfinished = tmp_path / "outputs/2024-01-03/10-00-00"
-    unfinished.mkdir(parents=True)
-    Run(unfinished).write_config(OmegaConf.create({"seed": 1}))
-    with pytest.raises(UserError, match="this run is unfinished"):
-        resolve(unfinished)
-    with pytest.raises(UserError, match="no finished run below"):
-        resolve("latest", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"), [("nowhere", "no such folder"), (".", "neither a run"), ("best", "no finished run")]
-)
-def test_what_is_no_run_is_named(tmp_path, given, message):
-    with pytest.raises(UserError, match=message):
-        resolve(given, tmp_path)
+from intern.errors import UserError
+from intern.runs.directory import Run
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -103,13 +64,6 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
     assert run.last_checkpoint() == run.checkpoints / "checkpoint-100"
 
 
-def test_a_score_that_is_no_number_is_never_the_best(tmp_path):
-    finished(tmp_path / "outputs/a", 2.0)
-    broken = finished(tmp_path / "outputs/0", 1.0)
-    (broken / "metrics.json").write_text('{"eval_loss": null}')
-    assert resolve("best", tmp_path).path == tmp_path / "outputs/a"
-
-
 @pytest.mark.parametrize("content", [None, "", "{", "- 1\n- 2", "a: b: c"])
 def test_a_broken_configuration_is_named(tmp_path, content):
     run = Run(tmp_path)
@@ -131,31 +85,38 @@ def test_a_broken_json_file_is_named(tmp_path, content):
         run.read_json(run.prompt)
 
 
-@pytest.mark.parametrize(
-    ("error", "noted", "kept"),
-    [
-        (RunError("the loss is nan"), True, False),
-        (UserError("lora.r=0"), True, True),
-        (OSError(28, "No space left on device"), True, True),
-        (BusyError("another process trains in it"), False, True),
-    ],
-)
-def test_only_a_training_that_failed_by_itself_begins_anew(error, noted, kept, tmp_path):
+def test_a_run_does_not_choose_where_quantized_bases_are_read_or_stored(tmp_path):
     run = Run(tmp_path)
-    (run.checkpoints / "checkpoint-2").mkdir(parents=True)
-    with pytest.raises(type(error)), run.noting_failure():
-        raise error
-    assert run.failure.is_file() is noted
-    run.discard_failed_attempt()
-    assert run.checkpoints.exists() is kept
-    with run.noting_failure():
-        pass
-    assert not run.failure.exists()
+    run.write_config(OmegaConf.create({"model": {"quantized_cache": "/dev", "quantized_cache_gib": 9999}}))
+    cfg = run.read_config_to_load()
+    assert (cfg.model.quantized_cache, cfg.model.quantized_cache_gib) == ("~/.cache/intern/quantized", 24)
+    assert run.read_config().model.quantized_cache == "/dev"
+    run.write_config(OmegaConf.create({"model": {"quantized_cache": None}}))
+    assert run.read_config_to_load().model.quantized_cache is None
 
 
-def test_a_finished_run_is_not_noted_as_failed(tmp_path):
+@pytest.mark.parametrize("where", ["checkpoints", "checkpoints/checkpoint-2"])
+def test_training_does_not_write_checkpoints_through_a_link(where, tmp_path):
+    run = Run(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    if where == "checkpoints":
+        run.checkpoints.rmdir()
+    (run.path / where).symlink_to(tmp_path)
+    with pytest.raises(UserError, match=f"{run.path / where}: is a link"):
+        run.last_checkpoint()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_checkpoint_with_a_file_that_is_not_regular_is_passed_over(kind, tmp_path):
     run = Run(tmp_path)
-    run.write_json(run.metrics, {"eval_loss": 1.0})
-    with pytest.raises(UserError), run.noting_failure():
-        raise UserError("holds a finished run")
-    assert not run.failure.exists()
+    for step in (2, 4):
+        folder = run.checkpoints / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text("{}")
+        save_file({"weight": torch.zeros(1)}, folder / "adapter_model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({}, folder / name)
+    state = run.checkpoints / "checkpoint-4" / "trainer_state.json"
+    state.unlink()
+    os.mkfifo(state) if kind == "pipe" else state.symlink_to(run.checkpoints / "checkpoint-2" / "trainer_state.json")
+    assert run.last_checkpoint() == run.checkpoints / "checkpoint-2"

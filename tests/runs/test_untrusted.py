@@ -1,10 +1,11 @@
-"""Run directories and data files from strangers: refused in one line that names the file, and nothing in them acts."""
+"""Untrusted run directories and data files are refused in one line that names the file, and nothing in them acts."""
 
 import json
 import os
 import pickle
 import shutil
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ from intern.data.prompt import IGNORED, Prompt
 from intern.errors import UserError
 from intern.inference.answer import Intern
 from intern.model.base import Base
-from intern.runs.directory import Run, resolve
+from intern.runs.directory import Run
+from intern.runs.find import resolve
 from intern.runs.untrusted import yaml_mapping
 from intern.training.rules import OF_VALUES, check_values
 
@@ -142,6 +144,36 @@ def fifo(name):
     return change
 
 
+def added(name, *shape):
+    return tensors(lambda weights: weights.update({name: torch.zeros(shape)}))
+
+
+def filled(value):
+    """Puts `value` into one element of the last tensor."""
+
+    def change(weights):
+        weights[max(weights)].view(-1)[-1] = value
+
+    return tensors(change)
+
+
+def typed(dtype):
+    def change(weights):
+        weights[max(weights)] = weights[max(weights)].to(dtype)
+
+    return tensors(change)
+
+
+def nulled(key):
+    def change(run, canary):
+        path = run.adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: None}))
+
+    return change
+
+
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
+SLOW = r"(?:.|..)+[xq]_prox?j[0-9]"  # takes time that grows exponentially with the length of a name
 WEIGHTS, ADAPTER, TOKENIZER = "adapter_model.safetensors", "adapter_config.json", "tokenizer_config.json"
 BILLION_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{'abcdefghij'[n]}: &{'abcdefghij'[n]} [{', '.join(['*' + 'abcdefghij'[n - 1]] * 9)}]\n" for n in range(1, 10)
@@ -152,7 +184,6 @@ RUNS = {
     "yaml that makes an object": (text("config.yaml", "a: !!python/object/apply:os.system ['touch canary']"), "config.yaml"),
     "yaml nested without end": (text("config.yaml", "a: " + "[" * 5000), "config.yaml"),
     "yaml of a gigabyte": (sparse("config.yaml", 10**9), "config.yaml"),
-    "yaml with a date": (config(), None),
     "a list for a configuration": (text("config.yaml", "[1, 2]"), "config.yaml"),
     "text for a group": (config(model="x"), "config.yaml"),
     "a value left open": (config(lora__r="???"), "config.yaml"),
@@ -163,7 +194,7 @@ RUNS = {
     "a base model by a path that is none": (config(model__pretrained_model_name_or_path="/" + "x" * 5000), "config.yaml"),
     "a base model with a NUL": (config(model__pretrained_model_name_or_path="a\0b"), "config.yaml"),
     "remote code asked for": (config(model__trust_remote_code=True), "config.yaml"),
-    "a kernel from the hub": (config(model__attn_implementation="stranger/kernel"), "config.yaml"),
+    "a kernel from the hub": (config(model__attn_implementation="someone/kernel"), "config.yaml"),
     "a quantization of nothing known": (config(quant__bnb_4bit_compute_dtype="load"), "config.yaml"),
     "a target in a group": (config(quant___target_="os.system"), "config.yaml"),
     "configuration by a link out": (linked("config.yaml", "/etc/hostname"), "config.yaml"),
@@ -202,8 +233,8 @@ RUNS = {
     "a module to import": (changed(f"adapter/{ADAPTER}", megatron_config={"a": 1}, megatron_core="antigravity"), ADAPTER),
     "classes to import": (changed(f"adapter/{ADAPTER}", auto_mapping={"base_model_class": "system", "parent_library": "os"}), ADAPTER),
     "layers without end": (changed(f"adapter/{ADAPTER}", layer_replication=[[0, 10**6]]), ADAPTER),
-    "an expression that takes for ever": (changed(f"adapter/{ADAPTER}", target_modules="((a+)+)+$"), ADAPTER),
-    "an expression that is none": (changed(f"adapter/{ADAPTER}", target_modules="*_proj"), ADAPTER),
+    "a pattern that takes forever": (changed(f"adapter/{ADAPTER}", target_modules=SLOW), ADAPTER),
+    "a pattern that is none": (changed(f"adapter/{ADAPTER}", target_modules="*_proj"), ADAPTER),
     "another kind of adapter": (changed(f"adapter/{ADAPTER}", peft_type="XLORA", adapters={"a": "/etc"}), ADAPTER),
     "another task": (changed(f"adapter/{ADAPTER}", task_type="SEQ_CLS"), ADAPTER),
     "an unknown key": (changed(f"adapter/{ADAPTER}", on_load="os.system"), ADAPTER),
@@ -218,73 +249,102 @@ RUNS = {
         WEIGHTS,
     ),
     "a header that is no JSON": (header(b"{" * 1000), WEIGHTS),
-    "weights of no adapter": (tensors(lambda weights: [weights.pop(name) for name in list(weights)[1:]]), ADAPTER),
+    "most weights missing": (tensors(lambda weights: [weights.pop(name) for name in list(weights)[1:]]), ADAPTER),
+    "a weight missing": (tensors(lambda weights: weights.pop(next(iter(weights)))), WEIGHTS),
+    "a weight of another shape": (tensors(lambda weights: weights.update({next(iter(weights)): torch.zeros(16, 7)})), WEIGHTS),
+    "modules that do not exist": (changed(f"adapter/{ADAPTER}", target_modules=["nowhere"]), ADAPTER),
+    "a weight of the base": (added("base_model.model.model.norm.weight", 256), WEIGHTS),
+    "a base layer below an adapter": (added(f"{LAYER}.base_layer.weight", 256, 256), WEIGHTS),
+    "embeddings of the base": (added("base_model.model.model.embed_tokens.weight", 3072, 256), WEIGHTS),
+    "an adapter of one more module": (added("base_model.model.lm_head.lora_A.weight", 16, 256), WEIGHTS),
+    "a tensor with a name of its own": (added("x", 1), WEIGHTS),
+    "a NaN": (filled(float("nan")), WEIGHTS),
+    "infinity": (filled(float("-inf")), WEIGHTS),
+    "a weight that overflows": (filled(1e38), WEIGHTS),
+    "integers": (typed(torch.int8), WEIGHTS),
+    "booleans": (typed(torch.bool), WEIGHTS),
+    "an initialization by OLoRA": (changed(f"adapter/{ADAPTER}", init_lora_weights="olora"), ADAPTER),
+    "an initialization by PiSSA": (changed(f"adapter/{ADAPTER}", init_lora_weights="pissa_niter_4"), ADAPTER),
+    "an initialization by LoftQ": (changed(f"adapter/{ADAPTER}", init_lora_weights="loftq"), ADAPTER),
+    "an initialization that does not exist": (changed(f"adapter/{ADAPTER}", init_lora_weights="own"), ADAPTER),
+    "weights cut down by KaSA": (changed(f"adapter/{ADAPTER}", kasa_config={"beta": 1.0}), ADAPTER),
+    "biases of the base": (changed(f"adapter/{ADAPTER}", bias="all"), ADAPTER),
+    "an infinite scale": (changed(f"adapter/{ADAPTER}", alpha_pattern={"q_proj": 1e308}), ADAPTER),
+    "a huge scale": (changed(f"adapter/{ADAPTER}", lora_alpha=2**30), ADAPTER),
+    "rank zero": (changed(f"adapter/{ADAPTER}", rank_pattern={"q_proj": 0}), ADAPTER),
+    "a rank that is true": (changed(f"adapter/{ADAPTER}", rank_pattern={"q_proj": True}), ADAPTER),
+    "no scale": (nulled("lora_alpha"), ADAPTER),
+    "no rank": (nulled("r"), ADAPTER),
+    "modules left out": (changed(f"adapter/{ADAPTER}", exclude_modules=["q_proj"]), ADAPTER),
+    "modules to save that it lacks": (changed(f"adapter/{ADAPTER}", modules_to_save=["norm"]), ADAPTER),
+    "DoRA without its magnitudes": (changed(f"adapter/{ADAPTER}", use_dora=True), ADAPTER),
+    "another rank": (changed(f"adapter/{ADAPTER}", r=8), ADAPTER),
+    "a pattern of thirty wildcards": (changed(f"adapter/{ADAPTER}", target_modules=".*" * 30 + "[xq]_proj"), ADAPTER),
+    "a pattern that takes memory": (changed(f"adapter/{ADAPTER}", target_modules="(?:(?:a{1000}){1000}){1000}"), ADAPTER),
+    "a pattern that takes memory, in a mapping": (changed(f"adapter/{ADAPTER}", rank_pattern={"(a{99}){99}": 16}), ADAPTER),
+    "a slow pattern of modules left out": (changed(f"adapter/{ADAPTER}", exclude_modules=SLOW), ADAPTER),
+    "a slow pattern of ranks": (changed(f"adapter/{ADAPTER}", rank_pattern={SLOW: 16}), ADAPTER),
+    "a slow pattern of scales": (changed(f"adapter/{ADAPTER}", alpha_pattern={SLOW: 16}), ADAPTER),
+    "a pattern of modules to save": (changed(f"adapter/{ADAPTER}", modules_to_save=["((a+)+)+$"]), ADAPTER),
+    "a pattern of layers": (changed(f"adapter/{ADAPTER}", layers_pattern="(l|la)+", layers_to_transform=[0]), ADAPTER),
+    "a pattern that ends no group": (changed(f"adapter/{ADAPTER}", target_modules="(q_proj"), ADAPTER),
+    "weights by a link inside the run": (linked(f"adapter/{WEIGHTS}", "../environment.json"), WEIGHTS),
+    "a number beyond floating point": (text("environment.json", '{"run_dir": 1e999}'), "environment.json"),
+    "environment that waits for a writer": (fifo("environment.json"), "environment.json"),
 }  # fmt: skip
-del RUNS["yaml with a date"], RUNS["weights of no adapter"]
-# Seen only when the weights have been loaded.
-LOADED = {
-    "weights of which some are missing": tensors(lambda weights: weights.pop(next(iter(weights)))),
-    "weights of another shape": tensors(lambda weights: weights.update({next(iter(weights)): torch.zeros(16, 7)})),
-    "modules that are not there": changed(f"adapter/{ADAPTER}", target_modules=["nowhere"]),
-}
 
 
 @pytest.fixture
-def stranger(trained_run, tmp_path):
+def untrusted(trained_run, tmp_path):
     copy = Run(tmp_path / "run")
     shutil.copytree(trained_run, copy.path, ignore=shutil.ignore_patterns("wandb", "checkpoints", ".hydra"))
     return copy
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_hostile_run_is_refused_before_a_model_loads(name, stranger, tmp_path, monkeypatch):
+def test_a_hostile_run_is_refused_before_a_model_loads(name, untrusted, tmp_path, monkeypatch):
     monkeypatch.setattr(
         transformers.PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded")
     )
     monkeypatch.chdir(tmp_path)
     canary = tmp_path / "canary"
     change, file = RUNS[name]
-    change(stranger, canary)
+    change(untrusted, canary)
     with pytest.raises(UserError) as caught:
         if file == "adapter":  # of tokenizer.json only the tokenizer's own reader can judge
             monkeypatch.undo()
-        Intern(stranger, GREEDY)
+        start = time.monotonic()
+        Intern(untrusted, GREEDY)
+    assert time.monotonic() - start < 20
     said = str(caught.value)
     assert f"/{file}" in said and "\n" not in said and len(said) < 7000, said
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("name", LOADED)
-def test_weights_that_do_not_fit_the_model_are_refused(name, stranger):
-    LOADED[name](stranger, None)
-    with pytest.raises(UserError, match="/adapter"):
-        Intern(stranger, GREEDY)
-
-
-def test_what_a_configuration_would_look_up_stays_text(stranger, monkeypatch):
+def test_what_a_configuration_would_look_up_stays_text(untrusted, monkeypatch):
     monkeypatch.setenv("CANARY", "secret")
     asks = "Say ${oc.env:CANARY} and ${oc.decode:'1'} \\${data.context} ${unclosed"
-    config(data__system_prompt=asks)(stranger, None)
-    cfg = stranger.read_config()
+    config(data__system_prompt=asks)(untrusted, None)
+    cfg = untrusted.read_config()
     assert cfg.data.system_prompt == asks
     assert OmegaConf.to_container(cfg, resolve=True)["data"]["system_prompt"] == asks
-    stranger.write_config(cfg)
-    assert stranger.read_config().data.system_prompt == asks and "secret" not in stranger.config.read_text()
+    untrusted.write_config(cfg)
+    assert untrusted.read_config().data.system_prompt == asks and "secret" not in untrusted.config.read_text()
 
 
-def test_the_adapters_own_word_for_its_base_is_not_followed_and_a_run_from_elsewhere_says_its_base(stranger, caplog):
-    changed(f"adapter/{ADAPTER}", base_model_name_or_path="/nowhere", revision="x")(stranger, None)
-    assert isinstance(Intern(stranger, GREEDY).answer("How much?"), str)
+def test_the_adapters_own_word_for_its_base_is_not_followed_and_a_run_from_elsewhere_says_its_base(untrusted, caplog):
+    changed(f"adapter/{ADAPTER}", base_model_name_or_path="/nowhere", revision="x")(untrusted, None)
+    assert isinstance(Intern(untrusted, GREEDY).answer("How much?"), str)
     assert f"the base model that it names is {ROOT}/data/tiny_llama3" in caplog.text
 
 
-def test_one_broken_run_among_others_is_never_the_best(stranger, tmp_path):
+def test_one_broken_run_among_others_is_never_the_best(untrusted, tmp_path):
     for index, loss in enumerate(("1" + "0" * 400, "true", "null", '"a"')):
         other = tmp_path / "outputs" / str(index)
         other.mkdir(parents=True)
-        shutil.copy(stranger.config, other)
+        shutil.copy(untrusted.config, other)
         (other / "metrics.json").write_text(f'{{"eval_loss": {loss}}}')
-    shutil.move(stranger.path, tmp_path / "outputs/z")
+    shutil.move(untrusted.path, tmp_path / "outputs/z")
     assert resolve("best", tmp_path).path.name in ("z", "1")  # true counts as 1, which is a number
 
 

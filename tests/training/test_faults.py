@@ -10,6 +10,8 @@ from helpers import ROOT, SHORT, command, train
 
 from intern.errors import RunError, UserError
 from intern.runs.directory import Run
+from intern.runs.failures import explain_disk_errors
+from intern.runs.lock import lock
 
 BRIEF = ("data.eval_file=null", "trainer.max_steps=6", "trainer.min_steps=0", "trainer.save_steps=2")
 
@@ -46,7 +48,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(where, tmp_p
 
         Run.append_history = fill
         try:
-            with pytest.raises(RunError, match=f"{run.path}: No space left on device .*resume={run.path} goes on"):
+            with pytest.raises(RunError, match=f"{run.path}: No space left on device .*resume={run.path} resumes"):
                 train(run.path, *BRIEF)
         finally:
             Run.append_history = append
@@ -66,12 +68,12 @@ def test_what_could_not_be_written_is_found_behind_the_libraries_own_errors(tmp_
         ),
         ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ):
-        with pytest.raises(RunError, match="Read-only file system|No space left"), run.told_when_full():
+        with pytest.raises(RunError, match="Read-only file system|No space left"), explain_disk_errors(run):
             try:
                 raise error
             except Exception as inner:
                 raise ValueError("of a library") from inner
-    with pytest.raises(KeyError), run.told_when_full():
+    with pytest.raises(KeyError), explain_disk_errors(run):
         raise KeyError("something else")
 
 
@@ -82,7 +84,7 @@ def test_a_folder_that_cannot_be_made_is_one_line():
 
 
 def test_a_second_process_in_a_run_is_refused_and_a_dead_ones_lock_is_not(tmp_path):
-    code = f"import time; from intern.runs.directory import Run; from pathlib import Path\nwith Run(Path({str(tmp_path)!r})).lock(): print('locked', flush=True); time.sleep(600)"
+    code = f"import time; from intern.runs.directory import Run; from intern.runs.lock import lock; from pathlib import Path\nwith lock(Run(Path({str(tmp_path)!r}))): print('locked', flush=True); time.sleep(600)"
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
     with pytest.raises(UserError, match=f"{tmp_path}: another process trains in it"):
@@ -90,5 +92,5 @@ def test_a_second_process_in_a_run_is_refused_and_a_dead_ones_lock_is_not(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.lock"]
     other.kill()
     other.wait()
-    with Run(tmp_path).lock():
+    with lock(Run(tmp_path)):
         pass

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from intern.errors import UserError
 from intern.inspection.resume_check import diff_runs, stop_after
-from intern.runs.directory import Run, stopped
+from intern.runs.directory import Run
+from intern.runs.find import find_unfinished
 from intern.training.finetune import finetune
 from intern.training.resume import MAY_CHANGE, resumed_config
 
@@ -103,7 +104,7 @@ def test_latest_is_the_newest_run_that_is_unfinished(half, tmp_path):
     import os
 
     with pytest.raises(UserError, match="resume=latest: no unfinished run"):
-        stopped("latest", tmp_path)
+        find_unfinished("latest", tmp_path)
     for age, name in enumerate(("outputs/day/new", "multirun/day/old")):
         run = copied(half[0], tmp_path / name)
         (run.path / ".hydra").mkdir()
@@ -111,10 +112,10 @@ def test_latest_is_the_newest_run_that_is_unfinished(half, tmp_path):
         for file in (run.config, run.history):
             os.utime(file, (1e9 - age, 1e9 - age))
     copied(half[1], tmp_path / "outputs/day/finished")
-    assert stopped("latest", tmp_path).path == tmp_path / "outputs/day/new"
-    assert stopped("multirun/day/old", tmp_path).path == tmp_path / "multirun/day/old"
+    assert find_unfinished("latest", tmp_path).path == tmp_path / "outputs/day/new"
+    assert find_unfinished("multirun/day/old", tmp_path).path == tmp_path / "multirun/day/old"
     with pytest.raises(UserError, match="resume=nowhere: no run there"):
-        stopped("nowhere", tmp_path)
+        find_unfinished("nowhere", tmp_path)
 
 
 def test_a_checkpoint_cut_short_by_a_full_disk_is_passed_over(half, tmp_path):

@@ -28,6 +28,7 @@ from intern.memory.plan import MemoryPlan
 from intern.memory.probe import Probe
 from intern.model.base import Base
 from intern.model.precision import Precision
+from intern.model.quant import FourBit
 from intern.runs.directory import Run
 from intern.training.arguments import StepRules
 from intern.training.trainer import InternTrainer
@@ -75,7 +76,9 @@ def trained_adapters(tmp_path, faults, callback=None, at="mlp", rows_of_batch=1,
     base = Base(
         OmegaConf.create({"pretrained_model_name_or_path": "data/tiny_llama3", "attn_implementation": "isolated"})
     )
-    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    quant = FourBit(
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    )
     model = base.load(quant, Precision("cpu", torch.float32, False, False))
     ids = [list(range(100 + row, 130 + row)) for row in range(6)]
     args = SFTConfig(

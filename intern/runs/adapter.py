@@ -1,0 +1,323 @@
+"""adapter/ of an untrusted run -> its LoRA configuration, once its files are known to be an adapter and nothing else.
+
+An adapter is exactly the tensors that its configuration adds to the base model, of the right shapes, floating and finite. Anything that
+would change the base itself is refused: "base" in every table is the untouched base model.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from intern.errors import UserError
+from intern.runs.files import check_file, check_folder
+from intern.runs.untrusted import json_object
+from intern.units import MIB
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_JSON, _TOKENIZER = 16 * MIB, 128 * MIB  # bytes
+# What training writes into adapter/, and the size in bytes beyond which each is refused (weights: see `check_tensors`).
+_FILES = {
+    _WEIGHTS: None,
+    _CONFIG: MIB,
+    "tokenizer.json": _TOKENIZER,
+    "tokenizer_config.json": _JSON,
+    "special_tokens_map.json": _JSON,
+    "added_tokens.json": _JSON,
+    "chat_template.jinja": MIB,
+    "vocab.json": _JSON,
+    "vocab.txt": _JSON,
+    "merges.txt": _JSON,
+    "tokenizer.model": _JSON,
+}
+# Keys of PEFT's configuration that import modules, read other models, or change the base: none is needed to answer.
+_ACTING = (
+    "auto_mapping",
+    "megatron_config",
+    "layer_replication",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "arrow_config",
+    "kasa_config",
+)
+_MADE_BY = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "runtime_config", *_ACTING)
+HARMLESS_INITS = (
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+    "eva",
+    "mica",
+)  # PEFT's others subtract something from the base's weights
+_PLAIN_NAMES = (
+    "modules_to_save",
+    "layers_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+)  # PEFT would match them by re
+_PLAIN = re.compile(r"[\w.]{1,200}")
+_LONGEST_PATTERN = 1000  # characters
+_MOST_REPEATS = 1000  # {n} in a pattern, multiplied: compiling takes memory for each
+_MATCHING_S = 2.0  # seconds for all patterns together
+_LARGEST = 65_504.0  # of float16; trained weights and scales are below 100
+_FLOATING = ("F16", "BF16", "F32", "F64")  # safetensors' names
+
+
+def check_adapter(folder: Path, root: Path) -> "LoraConfig":
+    """Return the LoRA configuration of adapter/ after checking its files. No weights are read; `check_tensors` does that.
+
+    Args:
+        folder: adapter/ of the run.
+        root: the run directory.
+
+    Raises:
+        UserError: names the file.
+    """
+    try:
+        names = check_folder(folder, root)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({type(error).__name__}): is {root} a finished run?") from error
+    if _WEIGHTS not in names:
+        raise UserError(f"{folder / _WEIGHTS}: is missing, and weights in no other form are loaded")
+    for name in names:
+        file = folder / name
+        if name not in _FILES:
+            raise UserError(f"{file}: not a file that training writes there: refused; remove it if you trust the rest")
+        most, size = _FILES[name], check_file(file, root)
+        if most is not None and size > most:
+            raise UserError(f"{file}: larger than {most / MIB:g} MiB: refused")
+    _check_tokenizer(folder, root)
+    return _lora(folder, root)
+
+
+def check_tensors(lora: "LoraConfig", skeleton: "PreTrainedModel", folder: Path) -> "LoraConfig":
+    """Check that the adapter's weights are exactly the tensors that its configuration adds to this base model.
+
+    Args:
+        lora: from `check_adapter`.
+        skeleton: the base model on the meta device; it is not changed.
+        folder: adapter/ of the run.
+
+    Returns:
+        The configuration with the names of modules in place of regular expressions, which PEFT would match without a time limit.
+
+    Raises:
+        UserError: names the file, and the first tensor that is missing, additional, of another shape, integer, or not finite.
+    """
+    lora = _without_patterns(lora, [name for name, _ in skeleton.named_modules()], folder / _CONFIG)
+    wanted = _implied_tensors(lora, skeleton, folder / _CONFIG)
+    weights = folder / _WEIGHTS
+    try:
+        with safe_open(weights, framework="pt") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is not a dictionary
+            if missing := sorted(wanted.keys() - found):
+                raise UserError(
+                    f"{weights}: lacks {_some(missing)}, which {folder / _CONFIG} implies for this base model"
+                )
+            if more := sorted(found.keys() - wanted.keys()):
+                raise UserError(
+                    f"{weights}: has {_some(more)}, which {folder / _CONFIG} does not imply: not a tensor of the adapter"
+                )
+            for name, shape in wanted.items():
+                if list(found[name].get_shape()) != shape:
+                    raise UserError(
+                        f"{weights}: {name} has shape {list(found[name].get_shape())}; {folder / _CONFIG} and the base imply {shape}"
+                    )
+                if found[name].get_dtype() not in _FLOATING:
+                    raise UserError(
+                        f"{weights}: {name} has type {found[name].get_dtype()}: adapters are floating point"
+                    )
+            for name in wanted:
+                if not float(file.get_tensor(name).abs().amax()) <= _LARGEST:  # also false for NaN
+                    raise UserError(
+                        f"{weights}: {name} has values that are NaN, infinite or larger than {_LARGEST:,.0f}"
+                    )
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    return lora
+
+
+def changes_base(lora: "LoraConfig") -> str | None:
+    """Return the key and value with which an adapter changes the base's own weights; None if it leaves them alone."""
+    init = lora.init_lora_weights
+    if not any(init is harmless or (isinstance(init, str) and init == harmless) for harmless in HARMLESS_INITS):
+        return f"init_lora_weights={init}"
+    if lora.bias != "none":  # trains the base's biases, which stay changed when the adapter is disabled
+        return f"bias={lora.bias}"
+    return next((key for key in ("kasa_config", "loftq_config") if getattr(lora, key, None)), None)
+
+
+def _lora(folder: Path, root: Path) -> "LoraConfig":
+    from peft import LoraConfig  # heavy, and commands that load no model import this module too
+
+    from intern.config.build import build
+
+    file = folder / _CONFIG
+    values = json_object(file, root, MIB)
+    if values.get("peft_type") != "LORA" or values.get("task_type") != "CAUSAL_LM":
+        raise UserError(f"{file}: peft_type must be LORA and task_type CAUSAL_LM")
+    for key in _ACTING:
+        if values.get(key):
+            raise UserError(f"{file}: {key} is set: refused")
+    for key in _PLAIN_NAMES:
+        for name in _texts(values.get(key)):
+            if not _PLAIN.fullmatch(str(name)):
+                raise UserError(f"{file}: {key} holds {str(name)[:80]!r}: must be names of modules: refused")
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(LoraConfig)
+    }
+    # config.yaml names the base model; the keys of _MADE_BY say how and by what the adapter was made.
+    chosen = {key: value for key, value in values.items() if key not in _MADE_BY}
+    for key, value in chosen.items():
+        if value is None and defaults.get(key) is not None:
+            raise UserError(f"{file}: {key} is null: refused")
+    try:
+        lora = build(LoraConfig, {key: value for key, value in chosen.items() if value is not None}, "adapter_config")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    if (change := changes_base(lora)) is not None:
+        raise UserError(f"{file}: {change} changes the base model's own weights: refused")
+    numbers = [lora.r, lora.lora_alpha, *(lora.rank_pattern or {}).values(), *(lora.alpha_pattern or {}).values()]
+    if not all(isinstance(one, int | float) and not isinstance(one, bool) and abs(one) < 2**31 for one in numbers):
+        raise UserError(f"{file}: r, lora_alpha, rank_pattern and alpha_pattern must hold numbers below 2^31")
+    if min([lora.r, *(lora.rank_pattern or {}).values()]) < 1:
+        raise UserError(f"{file}: ranks must be at least 1")
+    for pattern in _patterns(lora):
+        _matcher(pattern, file)
+    return lora
+
+
+def _texts(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        return [value]
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list | dict) else []
+
+
+def _patterns(lora: "LoraConfig") -> Iterator[str]:
+    """Yield the expressions that PEFT would match against names of modules."""
+    for value in (lora.target_modules, lora.exclude_modules):
+        if isinstance(value, str):
+            yield value
+    for ranks in (lora.rank_pattern, lora.alpha_pattern):
+        yield from ranks or {}
+
+
+def _matcher(pattern: str, file: Path, start: str = "", end: str = "") -> Callable[[str, float], bool]:
+    """Return a function of a name and a number of seconds: whether the pattern matches the whole name.
+
+    Raises:
+        UserError: the pattern is no regular expression, or one that takes too much memory. The function: it takes longer.
+    """
+    import regex  # re has no time limit
+
+    repeats = math.prod(
+        int(most or least or 1) or 1 for least, most in re.findall(r"\{(\d{0,9}),?(\d{0,9})\}", pattern)
+    )
+    if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or re.search(r"\{[\d, ]{10}", pattern):
+        raise UserError(f"{file}: the pattern {pattern[:80]}... could take too long: refused")
+    try:
+        compiled = regex.compile(f"{start}{pattern}{end}")
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{file}: {pattern}: not a regular expression ({error})") from error
+
+    def matches(name: str, seconds: float) -> bool:
+        try:
+            return compiled.fullmatch(name, timeout=max(seconds, 0.001)) is not None
+        except TimeoutError as error:
+            raise UserError(f"{file}: the pattern {pattern[:80]} takes too long to match: refused") from error
+
+    return matches
+
+
+def _without_patterns(lora: "LoraConfig", names: list[str], file: Path) -> "LoraConfig":
+    """Return the configuration with names of modules in place of regular expressions."""
+    from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+    end = time.monotonic() + _MATCHING_S
+    changes: dict[str, Any] = {}
+
+    def chosen(value: Any) -> set[str]:
+        if isinstance(value, str):
+            matches = _matcher(value, file)
+            return {name for name in names if matches(name, end - time.monotonic())}
+        listed = set(value or ())
+        return {name for name in names if name in listed or any(name.endswith(f".{one}") for one in listed)}
+
+    targets = lora.target_modules
+    is_shorthand = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    if isinstance(lora.exclude_modules, str):
+        changes["exclude_modules"] = sorted(chosen(lora.exclude_modules)) or None
+    if isinstance(targets, str) and not is_shorthand:
+        changes["target_modules"] = chosen(targets) - chosen(changes.get("exclude_modules", lora.exclude_modules))
+        if not changes["target_modules"]:
+            raise UserError(f"{file}: target_modules={targets[:80]} matches no module of the base model")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(lora, key) or {}
+        if all(_PLAIN.fullmatch(pattern) for pattern in patterns):
+            continue
+        matchers = [(_matcher(pattern, file, r"(.*\.)?(", ")"), value) for pattern, value in patterns.items()]
+        changes[key] = {
+            re.escape(name): value
+            for name in names
+            for value in _first(value for matches, value in matchers if matches(name, end - time.monotonic()))
+        }
+    return dataclasses.replace(lora, **changes) if changes else lora
+
+
+def _first(values: Iterable[Any]) -> list[Any]:
+    return [value for value, _ in zip(values, range(1), strict=False)]
+
+
+def _implied_tensors(lora: "LoraConfig", skeleton: "PreTrainedModel", file: Path) -> dict[str, list[int]]:
+    """Return the names and shapes of the tensors that PEFT saves for this configuration, from a model without weights."""
+    import copy
+
+    import torch
+    from peft import get_peft_model, get_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+
+    try:
+        with torch.device("meta"):
+            model = get_peft_model(copy.deepcopy(skeleton), dataclasses.replace(lora, init_lora_weights=False))
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    except Exception as error:  # PEFT raises errors of many kinds for what it cannot build
+        raise UserError(f"{file}: does not fit the base model: {' '.join(str(error).split())[:200]}") from error
+    for name, layer in model.named_modules():
+        for scale in layer.scaling.values() if isinstance(layer, LoraLayer) else ():
+            if not (isinstance(scale, int | float) and abs(scale) <= _LARGEST):
+                raise UserError(f"{file}: the scale of {name}, lora_alpha / r, is {scale:g}: refused")
+    return {name: list(tensor.shape) for name, tensor in state.items()}
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _check_tokenizer(folder: Path, root: Path) -> None:
+    """Check that the tokenizer is of a class of transformers that is made from tokenizer.json: no code, no file elsewhere."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    file = folder / "tokenizer_config.json"
+    values = json_object(file, root)
+    for key, value in values.items():
+        if key == "auto_map" or (key.endswith(("_file", "_file_path")) and value):
+            raise UserError(f"{file}: {key} names code or a file: refused")
+    name = values.get("tokenizer_class")
+    kind = tokenizer_class_from_name(name) if isinstance(name, str) else None
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedTokenizerFast):
+        raise UserError(f"{file}: tokenizer_class={name}: not a class that is made from tokenizer.json: refused")
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder / 'tokenizer.json'}: is missing: is {root} a finished run?")
