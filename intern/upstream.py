@@ -119,21 +119,27 @@ TABLE = (
     ),
     Upstream(
         f"{_TRAINER}._tr_loss",
-        ("intern.training.resume:Carried.state", "intern.training.resume:Carried.on_train_begin"),
+        (
+            "intern.training.checkpoint_state:LoggingWindow.loss_sum",
+            "intern.training.checkpoint_state:LoggingWindow.on_train_begin",
+        ),
         "holds the sum of the losses since the last log line, as a tensor, from before on_train_begin on",
         "silent: the sum is not stored, so the first log line after a resume is wrong",
         source=("self._tr_loss = torch.tensor(0.0, device=args.device)",),
     ),
     Upstream(
         f"{_TRAINER}._globalstep_last_logged",
-        ("intern.training.resume:Carried.state", "intern.training.resume:Carried.on_train_begin"),
+        (
+            "intern.training.checkpoint_state:LoggingWindow.last_logged",
+            "intern.training.checkpoint_state:LoggingWindow.on_train_begin",
+        ),
         "is the step of the last log line",
         "silent: the first loss after a resume is divided by the wrong number of steps",
         source=("self._globalstep_last_logged = self.state.global_step",),
     ),
     Upstream(
         "transformers.training_args:TrainingArguments._n_gpu",
-        ("intern.training.trainer:build_training_args",),
+        ("intern.training.arguments:build_training_args",),
         "is what n_gpu returns",
         "silent: on a machine with several GPUs nn.DataParallel wraps the model",
         source=("return self._n_gpu",),
@@ -147,7 +153,7 @@ TABLE = (
     ),
     Upstream(
         f"{_TRAINER}._save_checkpoint",
-        ("intern.runs.directory:_is_complete", "intern.verify:compare"),
+        ("intern.runs.directory:_is_complete", "intern.inspection.resume_check:diff_runs"),
         "writes trainer_state.json last",
         "silent: a checkpoint that a kill has cut short is taken for a whole one",
         source=(
@@ -160,7 +166,7 @@ TABLE = (
     *(
         Upstream(
             f"transformers.trainer:{constant}",
-            ("intern.verify:compare",),
+            ("intern.inspection.resume_check:diff_runs",),
             f"is {file!r}",
             "silent: intern.verify compares fewer parts of a checkpoint",
             value=file,
@@ -174,7 +180,7 @@ TABLE = (
     ),
     Upstream(
         f"{_TRAINER}._save_rng_state",
-        ("intern.verify:compare",),
+        ("intern.inspection.resume_check:diff_runs",),
         "writes rng_state.pth",
         "silent: intern.verify does not compare the random states",
         source=("'rng_state.pth'",),
@@ -182,8 +188,8 @@ TABLE = (
     Upstream(
         "transformers.trainer_callback:DefaultFlowCallback.on_step_end",
         (
-            "intern.training.trainer:OptimizerSteps.on_step_end",
-            "intern.training.trainer:OptimizerSteps.on_train_begin",
+            "intern.training.steps:OptimizerSteps.on_step_end",
+            "intern.training.steps:OptimizerSteps.on_train_begin",
         ),
         "ends training when global_step reaches max_steps, which callbacks may change",
         "silent: skipped fp16 steps are not made up for",
@@ -192,7 +198,7 @@ TABLE = (
     Upstream(
         "transformers.trainer_callback:CallbackHandler.call_event",
         (
-            "intern.training.trainer:OptimizerSteps.on_step_end",
+            "intern.training.steps:OptimizerSteps.on_step_end",
             "intern.memory.callback:FitMemory.on_train_begin",
         ),
         "passes the optimizer and the data loader to every callback, in the order in which callbacks were added",
@@ -205,14 +211,17 @@ TABLE = (
     ),
     Upstream(
         "transformers.trainer_callback:ExportableState.state",
-        ("intern.training.trainer:OptimizerSteps.state", "intern.training.resume:Carried.state"),
+        (
+            "intern.training.checkpoint_state:CheckpointedCallback.state",
+            "intern.training.checkpoint_state:CheckpointedCallback.state",
+        ),
         "a checkpoint stores {'args', 'attributes'} of each callback under its class name in state.stateful_callbacks",
         "silent: a resumed run forgets its skipped steps",
         "(self)",
     ),
     Upstream(
         "transformers.trainer_callback:EarlyStoppingCallback.on_evaluate",
-        ("intern.training.trainer:Patience.on_evaluate",),
+        ("intern.training.steps:ResumableEarlyStopping.on_evaluate",),
         "counts evaluations without improvement in early_stopping_patience_counter",
         "loud",
         "(self, args, state, control, metrics, **kwargs)",
@@ -220,7 +229,7 @@ TABLE = (
     ),
     Upstream(
         "transformers.trainer_pt_utils:safe_globals",
-        ("intern.verify:compare",),
+        ("intern.inspection.resume_check:diff_runs",),
         "allows the types that a checkpoint's random states have",
         "loud",
         "()",
@@ -330,14 +339,8 @@ TABLE = (
         source=("_process_model_before_weight_loading",),
     ),
     Upstream(
-        "transformers.modeling_utils:PreTrainedModel._supports_attention_backend",
-        ("intern.training.rules:_why_rows_mix",),
-        "says whether a model's attention can be replaced",
-        "loud",
-    ),
-    Upstream(
         "transformers.pytorch_utils:Conv1D",
-        ("intern.training.rules:target_modules_are_in_the_model",),
+        ("intern.training.model_rules:target_modules_are_in_the_model",),
         "is the linear layer of GPT-2's family",
         "loud",
     ),
@@ -364,17 +367,10 @@ TABLE = (
     ),
     Upstream(
         f"{_SFT}._metrics",
-        (f"{_OURS}._read_figures", f"{_OURS}.forget_metrics", "intern.training.resume:Carried.state"),
+        (f"{_OURS}._read_metrics", f"{_OURS}.forget_metrics", "intern.training.checkpoint_state:LoggingWindow.figures"),
         "collects the values that the next log line averages: {'train': {name: [values]}}",
         "loud",
         source=("self._metrics = {'train': defaultdict(list), 'eval': defaultdict(list)}",),
-    ),
-    Upstream(
-        f"{_SFT}._total_train_tokens",
-        (f"{_OURS}.forget_metrics", "intern.training.resume:Carried.state"),
-        "counts the tokens of training",
-        "silent: the count is not stored",
-        source=("self._total_train_tokens = 0",),
     ),
     Upstream(
         f"{_SFT}.__init__",
@@ -509,14 +505,14 @@ TABLE = (
     ),
     Upstream(
         "peft.tuners.tuners_utils:check_target_module_exists",
-        ("intern.training.rules:something_is_left_to_train",),
+        ("intern.training.model_rules:something_is_left_to_train",),
         "says whether a configuration adapts the module of this name",
         "loud",
         "(config, key)",
     ),
     Upstream(
         "peft.utils.constants:TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
-        ("intern.training.rules:target_modules_are_in_the_model",),
+        ("intern.training.model_rules:target_modules_are_in_the_model",),
         "has the model types that need no lora.target_modules",
         "loud",
     ),
@@ -582,8 +578,8 @@ TABLE = (
     Upstream(
         "accelerate.optimizer:AcceleratedOptimizer",
         (
-            "intern.training.trainer:OptimizerSteps.on_step_end",
-            "intern.training.trainer:History.on_log",
+            "intern.training.steps:OptimizerSteps.on_step_end",
+            "intern.training.history:History.on_log",
             "intern.memory.probe:Probe.__init__",
         ),
         "has optimizer, scaler (None without fp16) and step_was_skipped",
@@ -621,7 +617,7 @@ TABLE = (
             "loud",
         )
         for name, place in (
-            ("_foreach_norm", "intern.training.health:_sizes"),
+            ("_foreach_norm", "intern.training.health:_weight_norms"),
             ("_foreach_add_", "intern.kernels.cuda_graphs:_GradientSums.add"),
             ("_foreach_zero_", "intern.kernels.cuda_graphs:_GradientSums.attach"),
         )

@@ -28,7 +28,7 @@ LIBRARIES = {
 }  # fmt: skip
 # Import paths below the top level that the libraries document.
 DOCUMENTED = {
-    *("torch.utils.data", "torch.utils.hooks", "torch.nn.attention.varlen", "safetensors.torch"),
+    *("torch.utils.data", "torch.utils.hooks", "torch.utils.tensorboard", "torch.nn.attention.varlen", "safetensors.torch"),
     *("transformers.trainer_callback", "transformers.trainer_utils", "transformers.training_args", "transformers.utils"),
     *("huggingface_hub.errors", "datasets.exceptions", "omegaconf.errors", "optuna.distributions", "submitit.helpers"),
     *("hydra.conf", "hydra.errors", "hydra.types", "hydra.core.plugins", "hydra.experimental.callback"),
