@@ -5,7 +5,7 @@ UPSTREAM := .venv-upstream
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-upstream lint docs
+.PHONY: help install quickstart demo test test-upstream lint docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: install ## train a tiny model on this machine's CPU, score it against its base, ask it a question
 	$(RUN) -m intern.train experiment=tiny_cpu
 	$(RUN) -m intern.evaluate run_dir=latest
+	$(RUN) -m intern.query run_dir=latest question="How much did Uber's gross bookings grow in 2024?"
+
+demo: install ## train a small real model (SmolLM2-135M) on this machine's CPU and ask it a question
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo]'
+	$(RUN) scripts/get_smollm2.py
+	$(RUN) -m intern.train experiment=smollm2_cpu model.pretrained_model_name_or_path=data/smollm2_135m
 	$(RUN) -m intern.query run_dir=latest question="How much did Uber's gross bookings grow in 2024?"
 
 test: install lint ## lint, types, the whole test suite

@@ -265,7 +265,7 @@ for module, arguments, unfinished in json.load(sys.stdin):
     except SystemExit as error:
         code = error.code or 0
     from intern.cli import sweep
-    sweep.jobs.clear(), sweep.failures.clear()
+    sweep.record.overrides.clear(), sweep.record.failures.clear()
     GlobalHydra.instance().clear()
     print(f"RESULT {code} {time.monotonic() - start:.1f}", flush=True)
 """
