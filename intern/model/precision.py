@@ -50,7 +50,7 @@ def plan_training(use_cpu: bool, fp16: bool | None, bf16: bool | None, compute_d
         return Precision("cpu", dtype, fp16=False, bf16=bool(bf16))
     if not torch.cuda.is_available():
         raise UserError("no CUDA GPU found, and trainer.use_cpu is false: experiment=tiny_cpu runs everything on a CPU")
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 would count as able with emulation
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # with emulation, a T4 would have it too
     if bf16 and not has_bf16:
         raise UserError(
             f"trainer.bf16=true, but {torch.cuda.get_device_name()} has no bfloat16: use trainer=t4_min100 quant=nf4_fp16"

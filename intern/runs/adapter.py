@@ -5,10 +5,6 @@ would change the base itself is refused: "base" in every table is the untouched 
 """
 
 import dataclasses
-import math
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from intern.errors import UserError
 from intern.runs.files import check_file, check_folder
+from intern.runs.patterns import PLAIN_NAME, check_patterns, without_patterns
 from intern.runs.untrusted import json_object
 from intern.units import MIB
 
@@ -66,10 +63,6 @@ _PLAIN_NAMES = (
     "target_parameters",
     "trainable_token_indices",
 )  # PEFT would match them by re
-_PLAIN = re.compile(r"[\w.]{1,200}")
-_LONGEST_PATTERN = 1000  # characters
-_MOST_REPEATS = 1000  # {n} in a pattern, multiplied: compiling takes memory for each
-_MATCHING_S = 2.0  # seconds for all patterns together
 _LARGEST = 65_504.0  # of float16; trained weights and scales are below 100
 _FLOATING = ("F16", "BF16", "F32", "F64")  # safetensors' names
 
@@ -115,7 +108,7 @@ def check_tensors(lora: "LoraConfig", skeleton: "PreTrainedModel", folder: Path)
     Raises:
         UserError: names the file, and the first tensor that is missing, additional, of another shape, integer, or not finite.
     """
-    lora = _without_patterns(lora, [name for name, _ in skeleton.named_modules()], folder / _CONFIG)
+    lora = without_patterns(lora, [name for name, _ in skeleton.named_modules()], folder / _CONFIG)
     wanted = _implied_tensors(lora, skeleton, folder / _CONFIG)
     weights = folder / _WEIGHTS
     try:
@@ -172,7 +165,7 @@ def _lora(folder: Path, root: Path) -> "LoraConfig":
             raise UserError(f"{file}: {key} is set: refused")
     for key in _PLAIN_NAMES:
         for name in _texts(values.get(key)):
-            if not _PLAIN.fullmatch(str(name)):
+            if not PLAIN_NAME.fullmatch(str(name)):
                 raise UserError(f"{file}: {key} holds {str(name)[:80]!r}: must be names of modules: refused")
     defaults = {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -194,8 +187,7 @@ def _lora(folder: Path, root: Path) -> "LoraConfig":
         raise UserError(f"{file}: r, lora_alpha, rank_pattern and alpha_pattern must hold numbers below 2^31")
     if min([lora.r, *(lora.rank_pattern or {}).values()]) < 1:
         raise UserError(f"{file}: ranks must be at least 1")
-    for pattern in _patterns(lora):
-        _matcher(pattern, file)
+    check_patterns(lora, file)
     return lora
 
 
@@ -203,81 +195,6 @@ def _texts(value: Any) -> list[Any]:
     if isinstance(value, str):
         return [value]
     return [one for one in value if isinstance(one, str)] if isinstance(value, list | dict) else []
-
-
-def _patterns(lora: "LoraConfig") -> Iterator[str]:
-    """Yield the expressions that PEFT would match against names of modules."""
-    for value in (lora.target_modules, lora.exclude_modules):
-        if isinstance(value, str):
-            yield value
-    for ranks in (lora.rank_pattern, lora.alpha_pattern):
-        yield from ranks or {}
-
-
-def _matcher(pattern: str, file: Path, start: str = "", end: str = "") -> Callable[[str, float], bool]:
-    """Return a function of a name and a number of seconds: whether the pattern matches the whole name.
-
-    Raises:
-        UserError: the pattern is no regular expression, or one that takes too much memory. The function: it takes longer.
-    """
-    import regex  # re has no time limit
-
-    repeats = math.prod(
-        int(most or least or 1) or 1 for least, most in re.findall(r"\{(\d{0,9}),?(\d{0,9})\}", pattern)
-    )
-    if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or re.search(r"\{[\d, ]{10}", pattern):
-        raise UserError(f"{file}: the pattern {pattern[:80]}... could take too long: refused")
-    try:
-        compiled = regex.compile(f"{start}{pattern}{end}")
-    except (regex.error, RecursionError, OverflowError) as error:
-        raise UserError(f"{file}: {pattern}: not a regular expression ({error})") from error
-
-    def matches(name: str, seconds: float) -> bool:
-        try:
-            return compiled.fullmatch(name, timeout=max(seconds, 0.001)) is not None
-        except TimeoutError as error:
-            raise UserError(f"{file}: the pattern {pattern[:80]} takes too long to match: refused") from error
-
-    return matches
-
-
-def _without_patterns(lora: "LoraConfig", names: list[str], file: Path) -> "LoraConfig":
-    """Return the configuration with names of modules in place of regular expressions."""
-    from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-
-    end = time.monotonic() + _MATCHING_S
-    changes: dict[str, Any] = {}
-
-    def chosen(value: Any) -> set[str]:
-        if isinstance(value, str):
-            matches = _matcher(value, file)
-            return {name for name in names if matches(name, end - time.monotonic())}
-        listed = set(value or ())
-        return {name for name in names if name in listed or any(name.endswith(f".{one}") for one in listed)}
-
-    targets = lora.target_modules
-    is_shorthand = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-    if isinstance(lora.exclude_modules, str):
-        changes["exclude_modules"] = sorted(chosen(lora.exclude_modules)) or None
-    if isinstance(targets, str) and not is_shorthand:
-        changes["target_modules"] = chosen(targets) - chosen(changes.get("exclude_modules", lora.exclude_modules))
-        if not changes["target_modules"]:
-            raise UserError(f"{file}: target_modules={targets[:80]} matches no module of the base model")
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(lora, key) or {}
-        if all(_PLAIN.fullmatch(pattern) for pattern in patterns):
-            continue
-        matchers = [(_matcher(pattern, file, r"(.*\.)?(", ")"), value) for pattern, value in patterns.items()]
-        changes[key] = {
-            re.escape(name): value
-            for name in names
-            for value in _first(value for matches, value in matchers if matches(name, end - time.monotonic()))
-        }
-    return dataclasses.replace(lora, **changes) if changes else lora
-
-
-def _first(values: Iterable[Any]) -> list[Any]:
-    return [value for value, _ in zip(values, range(1), strict=False)]
 
 
 def _implied_tensors(lora: "LoraConfig", skeleton: "PreTrainedModel", file: Path) -> dict[str, list[int]]:
