@@ -286,7 +286,7 @@ def test_an_adapter_whose_loss_is_nan_is_named(run, golden, tmp_path):
     shutil.copytree(run.path, broken.path, ignore=shutil.ignore_patterns("evaluation"))
     weights = broken.adapter / "adapter_model.safetensors"
     save_file({name: tensor * math.nan for name, tensor in load_file(weights).items()}, weights)
-    with pytest.raises(RunError, match="adapter: the loss on golden row"):
+    with pytest.raises(UserError, match="adapter_model.safetensors: .* has value"):
         evaluate(configured(f"eval_file={golden}"), broken, None)
     assert not (broken.evaluation / "small" / "metrics.json").exists()
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 from helpers import command
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from intern.errors import UserError
 from intern.evaluation.run_files import write_overview
@@ -483,14 +484,17 @@ def test_tables_are_readable_at_every_width(tmp_path, monkeypatch, capsys, width
         (failed / ".hydra").mkdir(parents=True)
         (failed / ".hydra" / "overrides.yaml").write_text(f"- experiment=tiny_cpu\n- lora.r={number}\n")
         (failed / "train.log").write_text(f"[t][intern][ERROR] {'the reason is a long text ' * 4}\n")
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    # A terminal whatever other tests of this process have left behind.
+    monkeypatch.setattr(Console, "is_terminal", property(lambda console: True))
+    monkeypatch.setattr(Console, "encoding", property(lambda console: "utf-8"))
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", str(width))
     runs = read_runs([str(tmp_path)], "score", None)
     show_runs(runs, 20, tmp_path, notes(runs))
     printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     drawn = [line for line in printed.splitlines() if line.startswith(("│", "┃", "┏", "└", "├", "┡"))]
-    assert drawn and max(map(len, drawn)) <= width
+    assert drawn, printed
+    assert max(map(len, drawn)) <= width
     for number in range(3):  # no number is broken
         assert re.search(rf"\b0\.{5 + number}00\b", printed)
         assert f"base{number}" in printed or width < 80
