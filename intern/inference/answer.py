@@ -50,13 +50,14 @@ class Intern:
         self.cfg = cfg
         self.prompt = Prompt.from_json(run.read_json(run.prompt), str(run.prompt))
         lora = check_adapter(run.adapter, run.path)
-        _tell_where_from(run, cfg)
         try:
             base = Base(cfg.model)
             quant = build_quant(cfg.quant)
         except UserError as error:
+            _tell_where_from(run, cfg)
             raise UserError(f"{place}{error}") from error
         lora = check_tensors(lora, base.skeleton, run.adapter)
+        _tell_where_from(run, cfg)
         self.precision = plan_inference(quant.compute_dtype if quant is not None else None)
         check_fit(base, quant, self.precision)
         try:
