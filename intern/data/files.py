@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from intern.data.formats import FORMATS, Layout, RowSettings, conversation_row, detect
 from intern.data.readers import lines, parse_json
+from intern.display.progress import hidden_bars
 from intern.errors import RunError, UserError
 from intern.paths import find
 
@@ -142,16 +143,13 @@ def checked_row(line: bytes, place: str, needs_material: bool) -> dict[str, Any]
 @contextmanager
 def quiet(few: bool) -> Iterator[None]:
     """Keep `datasets` from logging, and from showing progress bars if there is little to do; both are as before afterwards."""
-    level, were_off = datasets.utils.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    level = datasets.utils.logging.get_verbosity()
     datasets.utils.logging.set_verbosity_error()
-    if few:
-        datasets.disable_progress_bars()
     try:
-        yield
+        with hidden_bars(few):
+            yield
     finally:
         datasets.utils.logging.set_verbosity(level)
-        if not were_off:
-            datasets.enable_progress_bars()
 
 
 @contextmanager

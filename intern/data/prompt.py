@@ -210,10 +210,10 @@ class Prompt:
             None if row is None else encoded(tokenizer, row, parts, max_length)
             for row, parts in zip(rows, every, strict=True)
         ]
-        if not self.system_in_user or not self.system_prompt:
+        if not self.system_in_user:
             return found
         return [
-            # The system prompt went with the first turn: without the turns that were cut it begins the first one that stays.
+            # The system prompt (the row's own or the prompt's) went with the first turn: it must begin the first turn that stays.
             self._without_turns(tokenizer, one, row, max_length, loss_on) if one is not None and one.turns_cut else one
             for one, row in zip(found, zip(*given, strict=True), strict=True)
         ]
@@ -275,7 +275,7 @@ class Prompt:
         inside = inside_context(tokenizer, row, parts)
         cut = cut_parts(parts, inside, max_length) or Cut(0, 0)
         shown, gone = set(inside), set(inside[len(inside) - cut.context :])
-        if cut.turns and self.system_in_user and self.system_prompt:
+        if cut.turns and self.system_in_user:
             before = [Token(one, part.kind, True) for part in parts if 0 <= part.turn < cut.turns for one in part.ids]
             rest = list(history)[row.turns_skipped + cut.turns :]
             return before + self.explain(tokenizer, question, answer, material, max_length, history=rest, system=system)

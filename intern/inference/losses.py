@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from intern.data.prompt import IGNORED
+from intern.kernels.patches import Patches
 
 
 @torch.inference_mode()
@@ -48,13 +49,11 @@ def _logits(model: Any, decoder: Any, output: Any, hidden: torch.Tensor) -> torc
     whatever its family calls the numbers.
     """
     output.last_hidden_state = hidden[None]
-    replaced = decoder.__dict__.get("forward")
-    decoder.forward = lambda *arguments, **more: output
+    patches = Patches()
+    patches.set(decoder, "forward", lambda *arguments, **more: output)
     try:
         positions = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         logits: torch.Tensor = model(input_ids=positions, use_cache=False).logits[0]
     finally:
-        del decoder.forward
-        if replaced is not None:
-            decoder.forward = replaced
+        patches.undo()
     return logits

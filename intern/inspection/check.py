@@ -1,4 +1,4 @@
-"""Checks and how they are told: a table in a terminal, Markdown in a pipe, JSON for scripts."""
+"""Checks and how they are shown: a table in a terminal, Markdown in a pipe, JSON for scripts."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from intern.display.table import markdown
 from intern.display.text import printable
 from intern.errors import RunError
 
@@ -63,11 +64,8 @@ def show_checks(checks: Sequence[Check], console: Console) -> None:
     counts = Counter(check.status for check in checks)
     summary = ", ".join(f"{counts[status]} {status}" for status in (GREEN, AMBER, RED) if counts[status])
     if not console.is_terminal:
-        lines = ["| check | status | found | remedy |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| {check.name} | {check.status} | {_cell(check.found)} | {_cell(check.remedy)} |" for check in checks
-        ]
-        sys.stdout.write("\n".join([*lines, "", summary, ""]))
+        rows = [[check.name, check.status, _folded(check.found), _folded(check.remedy)] for check in checks]
+        sys.stdout.write(markdown(["check", "status", "found", "remedy"], rows, texts=4) + f"\n{summary}\n")
         return
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("check", no_wrap=True)
@@ -83,5 +81,5 @@ def show_checks(checks: Sequence[Check], console: Console) -> None:
     console.print(Text(summary))
 
 
-def _cell(text: str) -> str:
-    return " ".join(printable(text).split()).replace("|", "\\|")
+def _folded(text: str) -> str:
+    return " ".join(printable(text).split())

@@ -10,7 +10,7 @@ _MISSING = object()
 class Patches:
     """Instance attributes (mostly `forward`) that hide those of the module's class until `undo`.
 
-    Patches nest: whoever patches the same attribute later must undo first.
+    Patches nest: a later patch of the same attribute must be undone first.
     """
 
     def __init__(self) -> None:

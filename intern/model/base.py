@@ -78,7 +78,6 @@ class Base:
                 f"model.pretrained_model_name_or_path={name}: is an adapter's folder: give the base model's"
             )
         self.config: PreTrainedConfig = self._fetch(AutoConfig)
-        self.longest: int | None = None  # tokens of the longest training row
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer. Its padding token is never the end of a turn if the vocabulary has an unused one."""
@@ -122,12 +121,13 @@ class Base:
         """Return the number of weights, counted without loading them."""
         return self.skeleton.num_parameters()
 
-    def load(self, quant: Quantization | None, precision: Precision) -> PreTrainedModel:
+    def load(self, quant: Quantization | None, precision: Precision, longest: int | None = None) -> PreTrainedModel:
         """Return the model on its device. Each weight is quantized as it arrives: no memory ever holds the whole model unquantized.
 
         Args:
             quant: conf/quant; the quantization that a model was published with takes its place.
             precision: the device, and the dtype of weights that are not quantized.
+            longest: tokens of the longest training row, which decides the attention; None for a model that only answers.
 
         Raises:
             UserError: the weights cannot be had or read.
@@ -138,7 +138,7 @@ class Base:
         arguments = {
             "dtype": precision.dtype,
             "device_map": {"": 0 if precision.device == "cuda" else "cpu"},
-            "attn_implementation": self._attention(),
+            "attn_implementation": self._attention(longest),
             "use_safetensors": True,
         }
         chosen = None if published else quant
@@ -159,8 +159,8 @@ class Base:
         model.config.use_cache = True
         return model
 
-    def _attention(self) -> str | None:
-        name = choose_attention(self.config, self._arguments.get("attn_implementation"), self.longest).name
+    def _attention(self, longest: int | None) -> str | None:
+        name = choose_attention(self.config, self._arguments.get("attn_implementation"), longest).name
         return register() if name == NAME else name
 
     def _fetch(self, loader: Any, **arguments: Any) -> Any:

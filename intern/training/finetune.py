@@ -62,7 +62,8 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
     log.info("%s", plan.data.found)
     log.info("%s", plan.precision)
     with lock(run), explain_disk_errors(run), track(plan.logger, _open(run, cfg, plan, sweep)) as trackers:
-        model, metrics = _train(plan.base.load(plan.quant, plan.precision), run, plan, trackers)
+        base_model = plan.base.load(plan.quant, plan.precision, plan.args.max_length)
+        model, metrics = _train(base_model, run, plan, trackers)
         with run.new_adapter() as folder:
             model.save_pretrained(str(folder))
             plan.tokenizer.save_pretrained(str(folder))

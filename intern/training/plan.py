@@ -329,8 +329,8 @@ class PlanPieces:
         """How this model attends to rows of trainer.max_length tokens."""
         from intern.model.attention import choose_attention
 
-        self.base.longest = int(self.trainer["max_length"])
-        return choose_attention(self.base.config, self.cfg.model.get("attn_implementation"), self.base.longest)
+        wanted = self.cfg.model.get("attn_implementation")
+        return choose_attention(self.base.config, wanted, int(self.trainer["max_length"]))
 
     @piece
     def args(self) -> "SFTConfig":

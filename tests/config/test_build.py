@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from helpers import composed
 from omegaconf import OmegaConf
 from peft import LoraConfig
 from trl import SFTConfig
@@ -27,11 +27,6 @@ GROUPS = {
     group: sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
     for group in ("model", "quant", "lora", "trainer", "data", "logger", "experiment", "generation")
 }
-
-
-def composed(*overrides: str, name: str = "train"):
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
 
 
 def training_args(cfg, path, evaluates=True):

@@ -93,6 +93,18 @@ def test_a_system_prompt_without_a_turn_begins_the_first_user_turn_that_stays():
     assert kept == short.input_ids
 
 
+def test_a_rows_own_system_prompt_begins_the_first_user_turn_that_stays():
+    made = tokenizer("gemma: no system turn")
+    prompt = Prompt.from_tokenizer(made, "", "never")
+    given = {"histories": [HISTORY], "systems": ["Speak plainly."]}
+    [whole] = prompt.encode(made, ["How much?"], ["18%."], **given)
+    most = len(whole.input_ids) - 1
+    [short] = prompt.encode(made, ["How much?"], ["18%."], max_length=most, **given)
+    assert short.turns_cut == 1 and "user\nSpeak plainly.\n\nWhen?" in made.decode(short.input_ids)
+    shown = prompt.explain(made, "How much?", "18%.", None, most, history=HISTORY, system="Speak plainly.")
+    assert [token.id for token in shown if not token.cut] == short.input_ids
+
+
 def test_an_empty_system_prompt_renders_what_the_template_renders_without_one():
     made = tokenizer("llama3")
     [ours] = Prompt.from_tokenizer(made, "", "never").encode(made, ["How much?"])

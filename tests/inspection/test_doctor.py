@@ -15,10 +15,9 @@ import psutil
 import pytest
 import torch
 import wandb
-from helpers import ROOT
+from helpers import ROOT, composed
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError
-from hydra import compose, initialize_config_dir
 from transformers import AutoConfig
 
 import intern.training.finetune  # noqa: F401  # loads every library before a test puts a GPU in front of them
@@ -30,7 +29,6 @@ from intern.inspection.doctor import CHECKS, diagnose, run_check
 from intern.inspection.doctor_pieces import DoctorPieces
 from intern.inspection.installation import missing_weights, requirements
 from intern.memory.estimate import ModelSizes, training_peak
-from intern.paths import CONF_DIR
 from intern.units import GIB
 
 TINY = "experiment=tiny_cpu"
@@ -45,21 +43,16 @@ def own_cache(tmp_path_factory):
         yield
 
 
-def composed(*overrides):
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose("doctor", list(overrides))
-
-
 def checks(*overrides):
     """Every check by its name."""
-    found = {check.name: check for check in diagnose(composed(*overrides))}
+    found = {check.name: check for check in diagnose(composed(*overrides, name="doctor"))}
     assert list(found) == list(CHECKS)  # every check has its line, whatever happens
     return found
 
 
 def line(name, *overrides):
     """One check alone."""
-    return run_check(name, CHECKS[name], DoctorPieces(composed(*overrides)))
+    return run_check(name, CHECKS[name], DoctorPieces(composed(*overrides, name="doctor")))
 
 
 def red(found):
@@ -399,8 +392,7 @@ def test_a_containers_memory_limit_counts(tmp_path):
 
 
 def test_doctor_composes_the_groups_of_train():
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        assert compose("doctor").keys() - compose("train").keys() == {"format", "run_dir"}
+    assert composed(name="doctor").keys() - composed().keys() == {"format", "run_dir"}
 
 
 def test_no_path_of_this_machine_is_shown_for_what_the_project_ships():

@@ -9,10 +9,10 @@ from html import unescape
 from io import StringIO
 
 import datasets
+import helpers
 import numpy as np
 import pytest
 from helpers import ROOT
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from intern import preview as command
@@ -26,7 +26,6 @@ from intern.inspection.near_duplicates import NearTexts, words
 from intern.inspection.preview import examine, look, prepare
 from intern.inspection.preview_display import page, plain_rows, show_rows
 from intern.inspection.token_checks import check_packing, check_tokens
-from intern.paths import CONF_DIR
 from intern.runs.directory import Run
 from intern.training.plan import build_plan
 from intern.training.trainer import InternTrainer
@@ -42,8 +41,8 @@ def own_cache(tmp_path_factory):
 
 
 def composed(*overrides, name="preview"):
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose(name, [TINY, "data.context=never", *(["lengths=null"] if name == "preview" else []), *overrides])
+    given = ["lengths=null"] if name == "preview" else []
+    return helpers.composed(TINY, "data.context=never", *given, *overrides, name=name)
 
 
 def row(question, answer="It rose 18%.", **others):

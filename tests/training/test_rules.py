@@ -56,33 +56,8 @@ def given(tmp_path_factory):
             f"# @package _global_\ndefaults:\n  - tiny_cpu\n  - _self_\n{text}\n"
         )
     for name, config in (
-        ("bloom", {"model_type": "bloom", "n_layer": 1, "hidden_size": 64, "n_head": 2, "vocab_size": 3072}),
-        ("mistral", SMALL | {"model_type": "mistral", "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 512}),
         ("small", SMALL | {"model_type": "llama", "vocab_size": 100}),
         ("mute", SMALL | {"model_type": "llama"}),
-        (
-            "own",
-            {
-                "model_type": "gpt_neo",
-                "num_layers": 1,
-                "attention_types": [[["global"], 1]],
-                "hidden_size": 64,
-                "vocab_size": 3072,
-            },
-        ),
-        (
-            "recurrent",
-            SMALL
-            | {
-                "model_type": "qwen3_next",
-                "num_key_value_heads": 2,
-                "layer_types": ["linear_attention", "full_attention"],
-                "num_experts": 2,
-                "num_experts_per_tok": 1,
-                "moe_intermediate_size": 8,
-                "shared_expert_intermediate_size": 8,
-            },
-        ),
         ("coded", {"model_type": "stranger", "auto_map": {"AutoConfig": "code.Stranger"}}),
         ("adapter", SMALL | {"model_type": "llama"}),
     ):
