@@ -108,7 +108,9 @@ def check_tensors(lora: "LoraConfig", skeleton: "PreTrainedModel", folder: Path)
     Raises:
         UserError: names the file, and the first tensor that is missing, additional, of another shape, integer, or not finite.
     """
-    lora = without_patterns(lora, [name for name, _ in skeleton.named_modules()], folder / _CONFIG)
+    modules = [name for name, _ in skeleton.named_modules()]
+    parameters = [name for name, _ in skeleton.named_parameters()] if lora.target_parameters else []
+    lora = without_patterns(lora, modules, folder / _CONFIG, parameters)
     wanted = _implied_tensors(lora, skeleton, folder / _CONFIG)
     weights = folder / _WEIGHTS
     try:

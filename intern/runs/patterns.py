@@ -61,13 +61,16 @@ def _matcher(pattern: str, file: Path, start: str = "", end: str = "") -> Callab
     return matches
 
 
-def without_patterns(lora: "LoraConfig", names: list[str], file: Path) -> "LoraConfig":
+def without_patterns(
+    lora: "LoraConfig", names: list[str], file: Path, parameters: Iterable[str] = ()
+) -> "LoraConfig":
     """Return the configuration with names of modules in place of regular expressions, which PEFT would match without a time limit.
 
     Args:
         lora: the configuration.
         names: of all modules of the base model.
         file: named in errors.
+        parameters: names of the parameters that have an adapter of their own (target_parameters), which ranks may be given for too.
 
     Raises:
         UserError: an expression that takes too long, or matches nothing.
@@ -99,7 +102,7 @@ def without_patterns(lora: "LoraConfig", names: list[str], file: Path) -> "LoraC
         matchers = [(_matcher(pattern, file, r"(.*\.)?(", ")"), value) for pattern, value in patterns.items()]
         changes[key] = {
             re.escape(name): value
-            for name in names
+            for name in (*names, *parameters)
             for value in _first(value for matches, value in matchers if matches(name, end - time.monotonic()))
         }
     return dataclasses.replace(lora, **changes) if changes else lora

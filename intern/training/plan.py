@@ -5,9 +5,11 @@ intern.verify take all pieces in ORDER, the doctor takes them one by one. The do
 heavy is imported at the top of this module: each piece imports what it needs.
 """
 
+import contextlib
 import copy
 import functools
 import logging
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -162,9 +164,13 @@ class PlanPieces:
         self._asks_gpu = asks_gpu
 
     def take_all(self) -> None:
-        """Make every piece, in ORDER; the first bad one raises UserError."""
-        for name in ORDER:
-            getattr(self, name)
+        """Make every piece, in ORDER; the first bad one raises UserError.
+
+        Some libraries print when they are loaded: to standard error here, since standard output has only what a command shows.
+        """
+        with contextlib.redirect_stdout(sys.stderr):
+            for name in ORDER:
+                getattr(self, name)
 
     def take_configuration(self) -> None:
         """Make the pieces that the configuration alone decides; the first bad one raises UserError."""

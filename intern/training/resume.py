@@ -60,7 +60,9 @@ def check_same(cfg: DictConfig, run: Run, data: dict[str, str]) -> None:
         UserError: something else differs than `MAY_CHANGE`.
     """
     ours, theirs = _flat(cfg), _flat(run.read_config())
-    for key in sorted((ours.keys() | theirs.keys()) - MAY_CHANGE.keys()):
+    keys = (ours.keys() | theirs.keys()) - MAY_CHANGE.keys()
+    # A value that follows another key (lora_alpha = 2 r) differs only because that one does: the other key is the one to name.
+    for key in sorted(keys, key=lambda key: (_is_derived(cfg, key), key)):
         if ours.get(key) != theirs.get(key):
             raise UserError(_refusal(key, run))
     most, before = ours["trainer.max_steps"], theirs["trainer.max_steps"]
@@ -96,6 +98,12 @@ def warn_if_environment_changed(before: dict[str, Any], now: dict[str, Any]) -> 
         changed.append("the GPU")
     if changed:
         log.warning("%s changed since this run was started: it resumes, but not bit for bit", ", ".join(changed))
+
+
+def _is_derived(cfg: DictConfig, key: str) -> bool:
+    group, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, group) if group else cfg
+    return isinstance(node, DictConfig) and name in node and OmegaConf.is_interpolation(node, name)
 
 
 def _refusal(key: str, run: Run) -> str:

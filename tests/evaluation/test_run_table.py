@@ -488,6 +488,7 @@ def test_tables_are_readable_at_every_width(tmp_path, monkeypatch, capsys, width
     monkeypatch.setattr(Console, "is_terminal", property(lambda console: True))
     monkeypatch.setattr(Console, "encoding", property(lambda console: "utf-8"))
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")  # rich takes a dumb terminal for 80 columns wide
     monkeypatch.setenv("COLUMNS", str(width))
     runs = read_runs([str(tmp_path)], "score", None)
     show_runs(runs, 20, tmp_path, notes(runs))

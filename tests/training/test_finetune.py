@@ -229,7 +229,7 @@ def test_no_gpu_is_one_line_with_the_remedy(tmp_path):
     done = command("intern.train", f"hydra.run.dir={tmp_path}/run", check=False, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert done.stderr.endswith(
-        "no CUDA GPU found, and trainer.use_cpu is false: experiment=tiny_cpu runs the whole pipeline on a CPU\n"
+        "no CUDA GPU found, and trainer.use_cpu is false: experiment=tiny_cpu runs everything on a CPU\n"
     )
     assert done.stderr.count("\n") == 1
 
