@@ -1,6 +1,5 @@
 """python -m intern.doctor model=llama3_8b quant=nf4_fp16"""
 
-import contextlib
 import sys
 
 from omegaconf import DictConfig
@@ -20,8 +19,7 @@ def main(cfg: DictConfig) -> None:
     from intern.inspection.check import as_json, raise_if_red, show_checks
     from intern.inspection.doctor import diagnose
 
-    # Each check imports what it looks at, and some libraries print when they are loaded.
-    with importing(), contextlib.redirect_stdout(sys.stderr):
+    with importing():  # each check imports what it looks at
         checks = diagnose(cfg)
     if cfg.format == "json":
         sys.stdout.write(as_json(checks) + "\n")

@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import io
+import logging
 import stat
 import sys
 import threading
@@ -13,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from intern.paths import find
 from intern.runs.files import read_bytes
+
+log = logging.getLogger(__name__)
 
 BASE_FILE = "base.txt"  # of an entry of the quantized cache: the name or folder of its base
 _KEYS = ("pretrained_model_name_or_path", "quantized_cache")
@@ -38,10 +42,23 @@ def importing(cfg: DictConfig | None = None) -> Iterator[None]:
         _read_ahead(cfg)
     gc.disable()
     try:
-        yield
+        with library_output():
+            yield
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextlib.contextmanager
+def library_output() -> Iterator[None]:
+    """Keep what libraries print while they load out of standard output, which has only what a command shows; it is logged for debugging."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            log.debug("%s", line)
 
 
 def _read_ahead(cfg: DictConfig) -> None:

@@ -5,11 +5,9 @@ intern.verify take all pieces in ORDER, the doctor takes them one by one. The do
 heavy is imported at the top of this module: each piece imports what it needs.
 """
 
-import contextlib
 import copy
 import functools
 import logging
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -164,11 +162,10 @@ class PlanPieces:
         self._asks_gpu = asks_gpu
 
     def take_all(self) -> None:
-        """Make every piece, in ORDER; the first bad one raises UserError.
+        """Make every piece, in ORDER; the first bad one raises UserError."""
+        from intern.model.preload import library_output
 
-        Some libraries print when they are loaded: to standard error here, since standard output has only what a command shows.
-        """
-        with contextlib.redirect_stdout(sys.stderr):
+        with library_output():
             for name in ORDER:
                 getattr(self, name)
 
