@@ -61,9 +61,7 @@ def _matcher(pattern: str, file: Path, start: str = "", end: str = "") -> Callab
     return matches
 
 
-def without_patterns(
-    lora: "LoraConfig", names: list[str], file: Path, parameters: Iterable[str] = ()
-) -> "LoraConfig":
+def without_patterns(lora: "LoraConfig", names: list[str], file: Path, parameters: Iterable[str] = ()) -> "LoraConfig":
     """Return the configuration with names of modules in place of regular expressions, which PEFT would match without a time limit.
 
     Args:
