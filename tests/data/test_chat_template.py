@@ -105,6 +105,31 @@ def test_a_rows_own_system_prompt_begins_the_first_user_turn_that_stays():
     assert [token.id for token in shown if not token.cut] == short.input_ids
 
 
+@pytest.mark.parametrize("answers", [["18%."], None], ids=["trained", "asked"])
+@pytest.mark.parametrize("loss_on", ["all", "last"])
+def test_a_row_whose_oldest_turns_are_cut_is_the_row_without_them(answers, loss_on):
+    made = tokenizer("gemma: no system turn")
+    prompt = Prompt.from_tokenizer(made, SYSTEM, "always")
+
+    def row(most, history):
+        given = {"materials": ["It rose 18% in 2024."], "histories": [history], "loss_on": loss_on}
+        [one] = prompt.encode(made, ["How much?"], answers, max_length=most, **given)
+        return one
+
+    seen = set()
+    for most in range(len(row(None, HISTORY).input_ids), 0, -1):
+        cut = row(most, HISTORY)
+        seen.add(None if cut is None else cut.turns_cut)
+        if cut is not None:
+            assert len(cut.input_ids) <= most
+            same = row(most, HISTORY[cut.turns_cut :])
+            assert (cut.input_ids, cut.labels) == (same.input_ids, same.labels)
+            assert cut.context_tokens_cut == same.context_tokens_cut
+        else:  # the system prompt moves to the turn that stays, so the row without the other turns does not fit either
+            assert row(most, []) is None
+    assert seen == {0, 1, 2, None}
+
+
 def test_an_empty_system_prompt_renders_what_the_template_renders_without_one():
     made = tokenizer("llama3")
     [ours] = Prompt.from_tokenizer(made, "", "never").encode(made, ["How much?"])

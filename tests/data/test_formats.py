@@ -148,6 +148,27 @@ def test_a_wrong_format_setting_is_named(rows_file, prepared, row, values, messa
         prepared(rows_file(row), **values)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "q", "output": "a", "history": [["Hi", "Hey"], ["Why?", ""]]}, "message 2 is empty"),
+        ({"conversations": "Hi"}, "field 'conversations' is str, not a list of messages"),
+        ({"conversation": "Hi"}, "field 'conversation' is str, not a list of messages"),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, "ends with a question that has no answer"),
+        ({"prompt": [{"role": "user", "content": "Hi"}], "completion": "Hey"}, "field 'prompt' is list, not text"),
+        ({"prompt": "Hi", "completion": [{"role": "assistant", "content": "Hey"}]}, "field 'completion' is list, not text"),
+        ({"prompt": [7], "completion": [{"role": "assistant", "content": "Hey"}]}, "entry 1 is a number, not an object with role"),
+        ({"prompt": [{"role": "user", "content": "Hi"}], "completion": [7]}, "entry 1 is a number, not an object with role"),
+        ({"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "user", "content": "Hi"}]}, "message 2 is of user"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_each_format_is_named_with_its_row_and_column(rows_file, prepared, row, message):
+    path = rows_file(row)
+    with pytest.raises(UserError) as caught:
+        prepared(path)
+    assert str(caught.value).startswith(f"{path}:1: ") and message in str(caught.value), caught.value
+
+
 def test_another_tools_column_of_lists_is_no_fault_unless_it_is_shown(rows_file, prepared):
     path = rows_file({"question": "q", "answer": "a", "context": ["one", "two"]})
     assert len(prepared(path).train.rows) == 1

@@ -14,12 +14,11 @@ def mean(values):
 
 def test_the_interval_of_a_mean_is_as_wide_as_the_normal_one():
     values = np.random.default_rng(1).normal(3, 2, 400)
-    after = paired_bootstrap(mean(values), mean(values), range(400), seed=5, resamples=4000).after
+    after = paired_bootstrap(mean(values), mean(values), range(400), seed=5, resamples=20_000).after
     half = 1.96 * values.std() / math.sqrt(400)
     assert math.isclose(after.value, values.mean())
-    assert after.low == pytest.approx(values.mean() - half, abs=0.03) and after.high == pytest.approx(
-        values.mean() + half, abs=0.03
-    )
+    assert after.high - after.low == pytest.approx(2 * half, rel=0.03)
+    assert (after.high + after.low) / 2 == pytest.approx(values.mean(), abs=0.01)
 
 
 def test_the_same_seed_gives_the_same_bounds_and_another_seed_others():
@@ -54,6 +53,20 @@ def test_rows_that_do_not_count_change_nothing():
     counted = paired_bootstrap(mean(values), mean(values), "abc", 1, 500)
     with_others = (np.array([*values, 0.0]), np.array([1.0, 1.0, 1.0, 0.0]))
     assert paired_bootstrap(with_others, with_others, "abcd", 1, 500) == counted
+
+
+def test_a_row_that_counts_for_one_model_alone_is_in_the_score_of_that_model():
+    both, alone = (np.array([0.2, 0.0]), np.array([1.0, 1.0])), (np.array([0.5, 0.0]), np.array([1.0, 0.0]))
+    for first, second in ((both, alone), (alone, both)):
+        score = paired_bootstrap(first, second, "ab", 1, 500)
+        assert {score.before.value, score.after.value} == {0.1, 0.5}
+
+
+def test_two_rows_are_enough_for_an_interval_and_one_draw_is_one_value():
+    score = paired_bootstrap(mean([1, 2]), mean([1, 2]), range(2), 1, 500).after
+    assert (score.low, score.high) == (1, 2)
+    once = paired_bootstrap(mean([1, 2]), mean([1, 2]), range(2), 1, 1).after
+    assert once.low == once.high
 
 
 def test_rows_that_all_agree_leave_the_exact_binomial_bound():

@@ -12,6 +12,7 @@ from intern.evaluation.text_scores import (
     exact_match,
     invented_numbers,
     missing_numbers,
+    normalized,
     numbers,
     numbers_right,
     rouge_l,
@@ -75,6 +76,14 @@ def published_f1(answer, reference):
         return 0.0
     precision, recall = common / len(ours), common / total
     return 2 * precision * recall / (precision + recall)
+
+
+def test_characters_of_scripts_without_spaces_are_words_between_others():
+    assert normalized("The 优步 app, grew!") == ["优", "步", "app", "grew"]
+
+
+def test_rouge_compares_lower_case_and_not_folded_case():
+    assert rouge_l("GROẞ", "groß") == 1 and rouge_l("gross", "groß") == 0
 
 
 def test_token_f1_and_exact_match_are_squads_on_random_pairs():
