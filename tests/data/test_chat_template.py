@@ -23,6 +23,7 @@ TEMPLATES = {
     "phi3: a line break before the end": "{% for m in messages %}<|start_header_id|>{{ m.role }}\n{{ m.content }}\n<|eot_id|>\n{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}",
     "content as a list": "{% for m in messages %}<|start_header_id|>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}",
     "gpt-oss: a channel in finished answers": "{% for m in messages %}{% if m.role == 'assistant' %}<|start_header_id|>assistant<|end_header_id|>final\n{{ m.content }}<|eot_id|>{% else %}<|start_header_id|>{{ m.role }}\n{{ m.content }}<|eot_id|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant{% endif %}",
+    "a name that is tokenized together with the question": "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ '\\n' if m.role == 'assistant' else ' ' }}{{ m.content }}<|eot_id|>{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}assistant:{{ '\\n' }}{% endif %}",
     "generation tags": "{% for m in messages %}<|start_header_id|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|eot_id|>{% endgeneration %}{% else %}{{ m.content }}<|eot_id|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}",
     "a date": "<|start_header_id|>system\nToday: {{ strftime_now('%d %b %Y') }}\n{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}<|eot_id|>{% for m in messages %}<|start_header_id|>{{ m.role }}\n{{ m.content }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}",
 }
@@ -103,6 +104,33 @@ def test_a_rows_own_system_prompt_begins_the_first_user_turn_that_stays():
     assert short.turns_cut == 1 and "user\nSpeak plainly.\n\nWhen?" in made.decode(short.input_ids)
     shown = prompt.explain(made, "How much?", "18%.", None, most, history=HISTORY, system="Speak plainly.")
     assert [token.id for token in shown if not token.cut] == short.input_ids
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3", "gemma: no system turn", "a name that is tokenized together with the question"]
+)
+def test_a_context_is_cut_from_its_end_and_nothing_else_is(name):
+    made = tokenizer(name)
+    prompt = Prompt.from_tokenizer(made, SYSTEM, "always")
+    assert prompt.is_joined is name.startswith("a name")
+    context = "It rose 18% in the year 2024, and 24% in 2023."
+    [whole] = prompt.encode(made, ["How much?"], ["18%."], [context])
+    [without] = prompt.encode(made, ["How much?"], ["18%."], [context[:1]])
+    head, tail = made.decode(whole.input_ids).split(context)
+    for most in range(len(whole.input_ids), len(without.input_ids) - 1, -1):
+        [cut] = prompt.encode(made, ["How much?"], ["18%."], [context], most)
+        text = made.decode(cut.input_ids)
+        assert text.startswith(head) and text.endswith(tail)
+        assert context.startswith(text.removeprefix(head).removesuffix(tail))
+        assert len(cut.input_ids) == most == len(whole.input_ids) - cut.context_tokens_cut
+        shown = prompt.explain(made, "How much?", "18%.", context, most)
+        assert [token.id for token in shown if not token.cut] == cut.input_ids
+        kinds = {
+            kind: made.decode([token.id for token in shown if token.kind == kind]) for kind in ("material", "answer")
+        }
+        assert kinds["material"].strip() == context and kinds["answer"] == "18%."
+        assert {token.kind for token in shown if token.cut} <= {"material"}
+    assert prompt.encode(made, ["How much?"], ["18%."], [context], len(without.input_ids) - 3) == [None]
 
 
 @pytest.mark.parametrize("answers", [["18%."], None], ids=["trained", "asked"])
