@@ -43,6 +43,7 @@ def tokenizer(name):
 def test_a_query_is_the_start_of_the_trained_row_and_loss_is_on_answers_and_their_ends(name, system):
     made = tokenizer(name)
     prompt = Prompt.from_tokenizer(made, system, "mixed")
+    assert Prompt.from_json(json.loads(json.dumps(prompt.to_json()))) == prompt
     histories = [[], HISTORY] if prompt.next_turn is not None else [[]]
     for history in histories:
         for question, context in (("How much?", None), ("Why?", "Bookings rose. " * 9), (ATTACK, ATTACK)):
