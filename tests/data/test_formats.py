@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from intern.data.formats import FORMATS, Conversation, RowFormat, Turn, register
+from intern.data.formats import FORMATS, Conversation, Layout, RowFormat, RowSettings, Turn, conversation_row, register
 from intern.errors import UserError
 
 END = "<|eot_id|>"
@@ -14,6 +14,32 @@ END = "<|eot_id|>"
 
 def said(role, text):
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}{END}"
+
+
+def test_a_row_has_every_field_that_later_steps_read():
+    def read(row, **settings):
+        return conversation_row(Layout(FORMATS["qa"], RowSettings("qa", **settings)), row, "rows.csv:2")
+
+    row = {
+        "question": "Q?",
+        "answer": "A.",
+        "context": "C.",
+        "document": "d",
+        "topic": "t",
+        "system": "S.",
+        "seen_chunk": "True",
+    }
+    expected = {
+        "system": "S.", "history": None, "question": "Q?", "answer": "A.", "chunk_text": "C.", "chunk_id": "d", "topic": "t", "seen_chunk": True,
+    }  # fmt: skip
+    assert read(row) == read(row, needs_context=True) == expected
+    assert read(row | {"seen_chunk": "false"})["seen_chunk"] is False and read(row | {"system": " "})["system"] is None
+    nothing = dict.fromkeys(("system", "history", "chunk_text", "chunk_id", "topic", "seen_chunk"))
+    assert read({"question": "Q?", "answer": "A."}) == nothing | {"question": "Q?", "answer": "A."}
+    with pytest.raises(UserError, match=r"rows.csv:2: field 'chunk_text' is missing \(data.context shows it"):
+        read({"question": "Q?", "answer": "A."}, needs_context=True)
+    with pytest.raises(UserError, match="rows.csv:2: field 'seen_chunk' is str, not true or false"):
+        read(row | {"seen_chunk": "maybe"})
 
 
 def test_columns_are_found_in_any_capitals(rows_file, prepared, shown):
