@@ -23,10 +23,11 @@ ANSWERS = {
     "owner/broken": (200, None, []),
 }
 CODE = """
-import json, sys
+import json, sys, time
 from omegaconf import OmegaConf
 from intern.errors import UserError
 from intern.model.base import Base
+time.sleep = lambda seconds: None  # between its attempts the library waits for 23 s
 found = {}
 for name in sys.argv[1:]:
     try:
