@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from intern.data.prompt import IGNORED
@@ -16,6 +17,7 @@ from intern.kernels.install import InstalledKernels
 from intern.kernels.isolated_attention import no_mask
 from intern.kernels.last_mlp import POSITIONS, WithPositions
 from intern.kernels.lora_linear import forget_waiting
+from intern.runs.checkpoints import begin, examine, seal
 from intern.training.arguments import StepRules
 from intern.training.checkpoint_state import restore_callbacks
 from intern.training.steps import OptimizerSteps, ResumableEarlyStopping
@@ -217,6 +219,29 @@ class InternTrainer(SFTTrainer):
             output.metrics.update(self._answer_scores(self.model))
         return output
 
+    def _save_checkpoint(self, *arguments: Any) -> None:
+        """Run the library's, with a manifest. Older checkpoints are only removed once this one has its manifest and is on the disk."""
+        folder = Path(self.args.output_dir)
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        begin(checkpoint, folder.parent)
+        try:
+            super()._save_checkpoint(*arguments)
+        finally:
+            self.args.save_total_limit = limit
+        seal(checkpoint, folder.parent)
+        rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_best_model(self) -> None:
+        """Run the library's, after checking that the best checkpoint is as it was written."""
+        best = examine(Path(str(self.state.best_model_checkpoint)), Path(self.args.output_dir).parent)
+        if not best.is_usable:
+            raise RunError(
+                f"{best.path.parent}: {best.fault or best.path.name}: the best checkpoint cannot be loaded: put that file back from a copy, "
+                "then resume the run"
+            )
+        super()._load_best_model()
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card: the run directory itself says what was trained on what."""
 
@@ -238,6 +263,11 @@ class InternTrainer(SFTTrainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         callbacks = self.callback_handler.callbacks
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if (
+            self.state.best_model_checkpoint is None and best.is_dir()
+        ):  # the library looks where the run was when it was written
+            self.state.best_model_checkpoint = str(best)
         if self.state.global_step:
             restore_callbacks(callbacks, self.state, str(resume_from_checkpoint))
         skipped = sum(callback.skipped for callback in callbacks if isinstance(callback, OptimizerSteps))
