@@ -110,6 +110,11 @@ class LoggingWindow(CheckpointedCallback):
         return {name: list(values) for name, values in self.trainer._metrics["train"].items()}
 
     @property
+    def mean_loss(self) -> float:
+        """The mean of the losses since the last log line: of the whole run, whatever was resumed, if it is too short for a line."""
+        return self.loss_sum / max(1, self.trainer.state.global_step - self.last_logged)
+
+    @property
     def _has_begun(self) -> bool:
         return hasattr(self.trainer, "_tr_loss")
 

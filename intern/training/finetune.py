@@ -178,7 +178,7 @@ def _train(
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
     try:
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     finally:
         callbacks.close()
     if (signal := callbacks.interruption.signal) is not None:
@@ -189,7 +189,7 @@ def _train(
         )
         sys.exit(128 + signal)
     note_early_stop(trainer, callbacks, run)
-    return trainer.model, summarize(trainer, callbacks, plan, result.training_loss)
+    return trainer.model, summarize(trainer, callbacks, plan)
 
 
 def _evaluate(model: Any, plan: TrainingPlan) -> dict[str, Any]:

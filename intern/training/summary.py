@@ -11,14 +11,13 @@ from intern.training.trainer import InternTrainer
 log = logging.getLogger(__name__)
 
 
-def summarize(trainer: InternTrainer, callbacks: Callbacks, plan: TrainingPlan, loss: float) -> dict[str, Any]:
+def summarize(trainer: InternTrainer, callbacks: Callbacks, plan: TrainingPlan) -> dict[str, Any]:
     """Return the metrics of training.
 
     Args:
         trainer: after training.
         callbacks: its callbacks.
         plan: what it trained.
-        loss: the libraries' mean loss, for a run that is too short for a log entry.
     """
     steps, memory = callbacks.steps, callbacks.memory
     # Of the state, which checkpoints store, and not of history.jsonl: a file may have been changed before a resume.
@@ -31,7 +30,7 @@ def summarize(trainer: InternTrainer, callbacks: Callbacks, plan: TrainingPlan, 
         "skipped_steps": steps.skipped,
         "best_step": best_step,
         "best_metric": trainer.state.best_metric if best_step is not None else None,
-        "train_loss": sum(losses) / len(losses) if losses else loss,
+        "train_loss": sum(losses) / len(losses) if losses else callbacks.window.mean_loss,
         "train_seconds": round(steps.seconds, 1),
         "train_tokens": tokens,
         "tokens_per_second": round(tokens / steps.seconds, 1),

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from intern.data.prompt import IGNORED
@@ -55,6 +55,8 @@ class InternTrainer(SFTTrainer):
         self._answer_scores = answer_scores
         self._has_checked_labels = False
         args: SFTConfig = kwargs["args"]
+        # Without its limit the library removes no checkpoint: it would before a new one has its manifest, and also the last one at the end.
+        self._save_total_limit, args.save_total_limit = args.save_total_limit, None
         length = args.max_length
         if args.padding_free and not args.packing:
             args.max_length = None  # TRL refuses a length since it would not cut these rows; they are cut already
@@ -190,11 +192,18 @@ class InternTrainer(SFTTrainer):
         self._tokens.append(self.accelerator.gather(tokens).sum())
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **kwargs: Any) -> None:
-        """Run the library's, after reading what was counted if anything will use it."""
-        control = self.control
+        """Run the library's, after reading what was counted if anything will use it.
+
+        With save_strategy=best, an evaluation decides whether a checkpoint is written, and would cancel that of an interruption.
+        """
+        control, step = self.control, self.state.global_step
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
             self._read_metrics()
+        is_canceled = control.should_save and control.should_evaluate and self.args.save_strategy == SaveStrategy.BEST
         super()._maybe_log_save_evaluate(*arguments, **kwargs)
+        if is_canceled and not (Path(self.args.output_dir) / f"checkpoint-{step}").exists():
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: nothing uses the number, and the library would count all parameters again for every batch."""
@@ -220,17 +229,13 @@ class InternTrainer(SFTTrainer):
         return output
 
     def _save_checkpoint(self, *arguments: Any) -> None:
-        """Run the library's, with a manifest. Older checkpoints are only removed once this one has its manifest and is on the disk."""
+        """Run the library's, then write the manifest. Older checkpoints are removed only after that, when this one is on the disk."""
         folder = Path(self.args.output_dir)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
         begin(checkpoint, folder.parent)
-        try:
-            super()._save_checkpoint(*arguments)
-        finally:
-            self.args.save_total_limit = limit
+        super()._save_checkpoint(*arguments)
         seal(checkpoint, folder.parent)
-        rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
+        rotate_checkpoints(str(folder), self._save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_best_model(self) -> None:
         """Run the library's, after checking that the best checkpoint is as it was written."""
