@@ -84,10 +84,10 @@ TABLE = (
     Upstream(
         f"{_TRAINER}._maybe_log_save_evaluate",
         (f"{_OURS}._maybe_log_save_evaluate",),
-        "is called after every optimizer step, before anything is logged or saved",
-        "silent: token counts stay at 0 and tensors accumulate",
+        "is called after every optimizer step, before anything is logged or saved; save_strategy=best lets an evaluation cancel a save",
+        "silent: token counts stay at 0 and tensors accumulate; with save_strategy=best an interruption writes no checkpoint",
         "(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate)",
-        ("self._globalstep_last_logged = self.state.global_step",),
+        ("self._globalstep_last_logged = self.state.global_step", "self.control.should_save = is_new_best_metric"),
     ),
     Upstream(
         f"{_TRAINER}.get_batch_samples",
@@ -153,15 +153,48 @@ TABLE = (
     ),
     Upstream(
         f"{_TRAINER}._save_checkpoint",
-        ("intern.runs.directory:_is_complete", "intern.inspection.resume_check:diff_runs"),
-        "writes trainer_state.json last",
-        "silent: a checkpoint that a kill has cut short is taken for a whole one",
-        source=(
+        (f"{_OURS}._save_checkpoint", "intern.inspection.resume_check:diff_runs"),
+        "has written all files when it returns, in checkpoint-STEP of its output folder, and removes no others without save_total_limit",
+        "silent: a manifest lacks files, or older checkpoints are removed before a new one has its manifest",
+        "(self, model, trial)",
+        (
+            "f'{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}'",
             "self.save_model(",
             "self._save_optimizer_and_scheduler(",
             "self._save_rng_state(",
             "self.state.save_to_json(",
+            "rotate_checkpoints(output_dir=run_dir, save_total_limit=self.args.save_total_limit",
         ),
+    ),
+    Upstream(
+        "transformers.trainer_utils:rotate_checkpoints",
+        (f"{_OURS}._save_checkpoint",),
+        "removes all but the newest checkpoints and the best one",
+        "loud",
+        "(output_dir, save_total_limit, best_model_checkpoint, use_mtime, ...)",
+    ),
+    Upstream(
+        f"{_TRAINER}._load_best_model",
+        (f"{_OURS}._load_best_model",),
+        "loads the adapter of state.best_model_checkpoint at the end of training",
+        "silent: a best checkpoint that was damaged meanwhile is loaded",
+        "(self)",
+        ("self.state.best_model_checkpoint",),
+    ),
+    Upstream(
+        f"{_TRAINER}._finalize_training",
+        (f"{_OURS}.__init__", "intern.training.summary:summarize"),
+        "removes the last checkpoint only if save_total_limit is 1, and leaves the sum of the losses since the last log line as it was",
+        "silent: an interrupted run loses the checkpoint that it has just written, or the mean loss of a run without log lines is wrong",
+        source=("self._total_loss_scalar += self._tr_loss.item()", "self.args.save_total_limit == 1"),
+    ),
+    Upstream(
+        f"{_TRAINER}.log",
+        ("intern.training.history:History.on_log", "intern.training.summary:summarize"),
+        "appends the entry to state.log_history before it calls on_log",
+        "loud at the first entry; silent if the order changed: a resumed run has another history",
+        "(self, logs, start_time)",
+        ("self.state.log_history.append(output)", "self.callback_handler.on_log("),
     ),
     *(
         Upstream(

@@ -6,17 +6,16 @@ import math
 import shutil
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError, safe_open
 
 from intern.errors import UserError
 from intern.paths import CONF_DIR
+from intern.runs.checkpoints import examine_all
 from intern.runs.files import (
     append_text,
     check_folder,
@@ -98,19 +97,13 @@ class Run:
         return self.metrics.is_file()
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint, None if there is none.
+        """Return the newest checkpoint that can be used, None if there is none.
 
         Raises:
             UserError: checkpoints/ or something in it is a link, through which training would write.
         """
-        if not self.checkpoints.is_symlink() and not self.checkpoints.exists():
-            return None
-        names = [name for name in check_folder(self.checkpoints, self.path) if name.startswith("checkpoint-")]
-        steps = sorted(
-            (int(name.rsplit("-", 1)[1]) for name in names if name.rsplit("-", 1)[1].isdecimal()), reverse=True
-        )
-        folders = (self.checkpoints / f"checkpoint-{step}" for step in steps)
-        return next((folder for folder in folders if _is_complete(folder, self.path)), None)
+        seen = examine_all(self.checkpoints, self.path)
+        return seen[-1].path if seen and seen[-1].is_usable else None
 
     def remove_partial_files(self) -> None:
         """Remove what a killed process left of files that never got their names."""
@@ -217,12 +210,9 @@ class Run:
                         entries.append(entry)
         return entries
 
-    def drop_history_after(self, step: int) -> None:
-        """Remove the log steps after a checkpoint: training logs them again when it resumes from there."""
-        if not self.has(self.history):
-            return
-        kept = [json.dumps(entry) + "\n" for entry in self.read_history() if entry["step"] <= step]
-        self.write_text(self.history, "".join(kept))
+    def write_history(self, entries: list[dict[str, Any]]) -> None:
+        """Replace the log steps so far."""
+        self.write_text(self.history, "".join(json.dumps(entry) + "\n" for entry in entries))
 
     @contextlib.contextmanager
     def new_adapter(self) -> Iterator[Path]:
@@ -254,19 +244,3 @@ class Run:
             return math.inf
         loss = metrics.get("eval_loss", metrics.get("train_loss"))
         return float(loss) if isinstance(loss, int | float) and abs(loss) < sys.float_info.max else math.inf
-
-
-def _is_complete(checkpoint: Path, root: Path) -> bool:
-    """Return whether a checkpoint was written completely.
-
-    transformers writes trainer_state.json last, so a checkpoint without it was cut short by a kill. A full disk can also have cut a
-    file: safetensors files and torch's (zip archives) show that by their lengths. Files that are not regular are never opened.
-    """
-    try:
-        check_folder(checkpoint, root)
-        json.loads(read_text(checkpoint / "trainer_state.json", root, _LONGEST_HISTORY))
-        with safe_open(checkpoint / "adapter_model.safetensors", framework="pt"):
-            pass
-    except (OSError, ValueError, RecursionError, SafetensorError):  # a UserError is a ValueError
-        return False
-    return all(zipfile.is_zipfile(checkpoint / name) for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"))

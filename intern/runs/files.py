@@ -16,6 +16,7 @@ from typing import BinaryIO
 from intern.errors import UserError
 from intern.units import MIB
 
+_DEEPEST = 16  # folders below the run directory
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _CALM = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe without a writer would block
 
@@ -93,6 +94,30 @@ def check_folder(path: Path, root: Path, is_written: bool = False) -> list[str]:
     return names
 
 
+def list_files(path: Path, root: Path) -> dict[str, int]:
+    """Return the sizes in bytes of all files in a folder and the folders in it, by their paths relative to the folder, sorted.
+
+    An empty folder has a slash at the end of its path, and size 0.
+
+    Raises:
+        UserError: names what is neither a regular file nor a folder; the path leads out of the run, or deeper than any that training makes.
+        OSError: it does not exist or cannot be read.
+    """
+    if len(_parts(path, root)) > _DEEPEST:
+        raise UserError(f"{path}: is nested deeper than {_DEEPEST} folders: refused")
+    sizes = {}
+    with _opened(path, root) as folder, os.scandir(folder) as entries:
+        for name in sorted(entry.name for entry in entries):
+            found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if stat.S_ISDIR(found.st_mode):
+                inside = list_files(path / name, root) or {"": 0}
+                sizes |= {f"{name}/{inner}": size for inner, size in inside.items()}
+            else:
+                _check_kind(path / name, found)
+                sizes[name] = found.st_size
+    return sizes
+
+
 def make_folder(path: Path, root: Path) -> None:
     """Create a folder of a run with the folders around it; raise UserError if one of them is a link or a file."""
     parts = _parts(path, root)
@@ -160,6 +185,12 @@ def open_to_append(path: Path, root: Path) -> Iterator[BinaryIO]:
         os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _CALM, folder), "ab") as file,
     ):
         yield file
+
+
+def rename(path: Path, root: Path, name: str) -> None:
+    """Give a file or folder of a run another name in the folder where it is; raise UserError if the path leads through a link."""
+    with _parent(path, root) as folder:
+        os.rename(path.name, name, src_dir_fd=folder, dst_dir_fd=folder)
 
 
 def remove_file(path: Path, root: Path) -> None:

@@ -2,9 +2,10 @@
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 
-from intern.errors import BusyError
+from intern.errors import BusyError, UserError
 from intern.runs.directory import Run
 from intern.runs.files import open_to_append
 
@@ -13,14 +14,30 @@ from intern.runs.files import open_to_append
 def lock(run: Run) -> Iterator[None]:
     """Lock the run directory. The system releases the lock when the process ends, however it ends.
 
+    A run that is refused inside the block leaves no lock file where there was none.
+
     Raises:
         BusyError: another process has locked it.
     """
-    with open_to_append(run.path / "run.lock", run.path) as file:
+    path = run.path / "run.lock"
+    run.path.mkdir(parents=True, exist_ok=True)
+    is_new = not run.has(path)
+    with open_to_append(path, run.path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BusyError(
-                f"{run.path}: another process trains in it: wait for it, or choose another hydra.run.dir"
-            ) from error
-        yield
+            raise _busy(run) from error
+        if (
+            os.fstat(file.fileno()).st_nlink == 0
+        ):  # removed by a process that was refused, between our opening and locking it
+            raise _busy(run)
+        try:
+            yield
+        except UserError:
+            if is_new:
+                run.remove(path)
+            raise
+
+
+def _busy(run: Run) -> BusyError:
+    return BusyError(f"{run.path}: another process trains in it: wait for it, or choose another hydra.run.dir")

@@ -25,6 +25,7 @@ _SET_ELSEWHERE = {
     "ignore_data_skip": "a resumed run continues with the next row, not with the first",
     "save_only_model": "a checkpoint has everything that is needed to resume",
     "restore_callback_states_from_checkpoint": "they are always restored",
+    "enable_jit_checkpoint": "Ctrl-C and SIGTERM always write a checkpoint",
     "assistant_only_loss": "the loss is on the answer and its end-of-turn token",
     "completion_only_loss": "the loss is on the answer and its end-of-turn token",
     "model_init_kwargs": "set by model",

@@ -36,6 +36,7 @@ class Callbacks:
     steps: OptimizerSteps
     interruption: Interruption
     history: History
+    window: LoggingWindow
     early_stopping: ResumableEarlyStopping | None = None
     memory: FitMemory | None = None
 
@@ -68,6 +69,7 @@ def build_callbacks(
         steps=steps,
         interruption=Interruption(),
         history=History(run, steps, report),
+        window=LoggingWindow(trainer),
         early_stopping=ResumableEarlyStopping(patience, steps) if patience is not None else None,
         memory=build_memory(trainer) if build_memory is not None else None,
     )
@@ -75,7 +77,7 @@ def build_callbacks(
         callbacks.memory,
         callbacks.early_stopping,
         steps,
-        LoggingWindow(trainer),
+        callbacks.window,
         callbacks.interruption,
         Health(run, steps),
         callbacks.history,

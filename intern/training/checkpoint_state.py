@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from intern.errors import UserError
+from intern.runs.checkpoints import FORMAT
 
 # Class names that stand for a key in checkpoints written before states carried one.
 _OLD_NAMES = {"optimizer_steps": "OptimizerSteps", "early_stopping": "Patience", "logging_window": "Carried"}
@@ -26,7 +27,7 @@ class CheckpointedCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint stores."""
         attributes = {name: getattr(self, name) for name in self.checkpoint_attributes}
-        return {"args": {}, "attributes": attributes, "checkpoint_key": self.checkpoint_key}
+        return {"args": {}, "attributes": attributes, "checkpoint_key": self.checkpoint_key, "format": FORMAT}
 
     def restore(self, attributes: dict[str, Any]) -> None:
         """Set the attributes to what a checkpoint stored."""
@@ -107,6 +108,11 @@ class LoggingWindow(CheckpointedCallback):
     @property
     def figures(self) -> dict[str, list[float]]:
         return {name: list(values) for name, values in self.trainer._metrics["train"].items()}
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean of the losses since the last log line: of the whole run, whatever was resumed, if it is too short for a line."""
+        return self.loss_sum / max(1, self.trainer.state.global_step - self.last_logged)
 
     @property
     def _has_begun(self) -> bool:

@@ -1,5 +1,6 @@
 """A configuration and an empty run directory -> a finished run: the story of a training run, cheap checks first."""
 
+import contextlib
 import functools
 import gc
 import logging
@@ -7,6 +8,8 @@ import math
 import shlex
 import sys
 import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +20,23 @@ from intern.config.build import literal_text, plain
 from intern.display.progress import progress_bars
 from intern.errors import RunError, UserError
 from intern.inference.losses import answer_losses
+from intern.runs.checkpoints import Checkpoint, list_checkpoints
 from intern.runs.directory import Run
 from intern.runs.environment import describe, peak_memory
 from intern.runs.failures import explain_disk_errors
 from intern.runs.lock import lock
 from intern.training.callbacks import build_callbacks
 from intern.training.golden_answers import answer_golden_questions, score_answers
+from intern.training.history import history_at
 from intern.training.plan import TrainingPlan, build_plan
-from intern.training.resume import check_same, extends_training, step_of, warn_if_environment_changed
+from intern.training.resume import (
+    check_same,
+    choose_checkpoint,
+    extends_training,
+    set_aside,
+    step_of,
+    warn_if_environment_changed,
+)
 from intern.training.summary import note_early_stop, summarize
 from intern.training.trackers import TrackedRun, Trackers, track
 from intern.training.trainer import InternTrainer
@@ -33,7 +45,7 @@ from intern.upstream import route_messages
 log = logging.getLogger(__name__)
 
 
-def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
+def finetune(cfg: DictConfig, run: Run, sweep: str | None = None, begin: Callable[[], None] = lambda: None) -> float:
     """Train an adapter and write the run directory; resume from the last checkpoint if `run` has one.
 
     A finished job of a sweep is not trained again.
@@ -42,6 +54,7 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
         cfg: the composed conf/train.yaml.
         run: where everything is written.
         sweep: name of the sweep that this run belongs to; None for a single run.
+        begin: called once nothing can be refused any more, before the first file is written.
 
     Returns:
         The score that a sweep minimizes, in nats per token: the loss on the golden answers, or on the training rows if there is no eval_file.
@@ -61,9 +74,19 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
         return run.score()
     log.info("%s", plan.data.found)
     log.info("%s", plan.precision)
-    with lock(run), explain_disk_errors(run), track(plan.logger, _open(run, cfg, plan, sweep)) as trackers:
-        base_model = plan.base.load(plan.quant, plan.precision, plan.args.max_length)
-        model, metrics = _train(base_model, run, plan, trackers)
+    _check_start(run, cfg, plan)
+    with lock(run), explain_disk_errors(run), contextlib.ExitStack() as stack:
+        _check_start(run, cfg, plan)  # again: another process may have trained in it meanwhile
+        checkpoint, unusable = choose_checkpoint(run, bool(plan.args.load_best_model_at_end))
+        history = history_at(run, checkpoint)
+        base = plan.base.load(plan.quant, plan.precision, plan.args.max_length)
+        environment = _environment(run, plan, sweep, checkpoint)
+        begin()  # from here on nothing is refused any more
+        run_id, sweep = environment["run_id"], environment["sweep"]
+        tracked = TrackedRun(run, plain(cfg), run_id, sweep, step=step_of(checkpoint))
+        trackers = stack.enter_context(track(plan.logger, tracked))
+        _write_start(run, cfg, plan, environment, history, unusable)
+        model, metrics = _train(base, run, plan, trackers, checkpoint)
         with run.new_adapter() as folder:
             model.save_pretrained(str(folder))
             plan.tokenizer.save_pretrained(str(folder))
@@ -86,8 +109,8 @@ def _forget_previous_job() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _open(run: Run, cfg: DictConfig, plan: TrainingPlan, sweep: str | None) -> TrackedRun:
-    """Write what is known at the start. A run that resumes keeps its id and its sweep.
+def _check_start(run: Run, cfg: DictConfig, plan: TrainingPlan) -> None:
+    """Check that this run may be started, or resumed, in this folder.
 
     Raises:
         UserError: a finished run, or one that was started with another configuration or other data.
@@ -96,28 +119,47 @@ def _open(run: Run, cfg: DictConfig, plan: TrainingPlan, sweep: str | None) -> T
         raise UserError(
             f"{run.path} holds a finished run: choose another hydra.run.dir, or raise trainer.max_steps to train it longer"
         )
-    checkpoint = run.last_checkpoint()
-    if run.finished and checkpoint is None:
+    has_checkpoints = bool(list_checkpoints(run.checkpoints, run.path))
+    if run.finished and not has_checkpoints:
         raise UserError(f"{run.path} holds a finished run without checkpoints: it cannot be trained longer")
+    if has_checkpoints:
+        check_same(cfg, run, {str(file.path): file.sha256 for file in plan.files})
+
+
+def _environment(run: Run, plan: TrainingPlan, sweep: str | None, checkpoint: Path | None) -> dict[str, Any]:
+    """Return what environment.json will hold. A run that resumes keeps its id and its sweep."""
     environment = {"run_id": uuid.uuid4().hex[:12], "sweep": sweep, "run_dir": str(run.path)} | describe(plan.files)
     if checkpoint is not None:
-        check_same(cfg, run, environment["data"])
         before = run.read_json(run.environment)
         warn_if_environment_changed(before, environment)
         environment |= {name: before.get(name) for name in ("run_id", "sweep")}
         if before.get("gpu") != environment["gpu"]:
             run.memory.unlink(missing_ok=True)  # measured on another GPU
+    return environment
+
+
+def _write_start(
+    run: Run,
+    cfg: DictConfig,
+    plan: TrainingPlan,
+    environment: dict[str, Any],
+    history: list[dict[str, Any]],
+    unusable: Sequence[Checkpoint],
+) -> None:
+    """Write what is known at the start."""
     run.metrics.unlink(missing_ok=True)  # from here on the run is unfinished again
     run.remove_partial_files()
+    set_aside(unusable, run)
+    run.write_history(history)
     run.write_config(cfg)
     run.write_json(run.prompt, plan.prompt.to_json())
     run.write_json(run.environment, environment)
-    run_id, sweep = environment["run_id"], environment["sweep"]
-    return TrackedRun(run, plain(cfg), run_id, sweep, step=step_of(checkpoint))
 
 
-def _train(model: PreTrainedModel, run: Run, plan: TrainingPlan, trackers: Trackers) -> tuple[Any, dict[str, Any]]:
-    """Train, from the last checkpoint if there is one; return the model with its adapter, and the metrics of training."""
+def _train(
+    model: PreTrainedModel, run: Run, plan: TrainingPlan, trackers: Trackers, checkpoint: Path | None
+) -> tuple[Any, dict[str, Any]]:
+    """Train, from a checkpoint if there is one; return the model with its adapter, and the metrics of training."""
     with progress_bars(len(plan.train.rows)):  # of packing
         trainer = InternTrainer(
             rules=plan.rules,
@@ -133,12 +175,10 @@ def _train(model: PreTrainedModel, run: Run, plan: TrainingPlan, trackers: Track
     log.info(
         "%d training rows, %s trainable parameters", len(plan.train.rows), f"{trainer.get_num_trainable_parameters():,}"
     )
-    checkpoint = run.last_checkpoint()
-    run.drop_history_after(step_of(checkpoint))
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
     try:
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     finally:
         callbacks.close()
     if (signal := callbacks.interruption.signal) is not None:
@@ -149,7 +189,7 @@ def _train(model: PreTrainedModel, run: Run, plan: TrainingPlan, trackers: Track
         )
         sys.exit(128 + signal)
     note_early_stop(trainer, callbacks, run)
-    return trainer.model, summarize(trainer, callbacks, plan, run, result.training_loss)
+    return trainer.model, summarize(trainer, callbacks, plan)
 
 
 def _evaluate(model: Any, plan: TrainingPlan) -> dict[str, Any]:

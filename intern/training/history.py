@@ -1,16 +1,20 @@
 """Log entries of training: a line each in history.jsonl, the same to the trackers, and the progress display."""
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from intern.errors import UserError
 from intern.runs.directory import Run
+from intern.training.checkpoint_state import find_state
 from intern.training.steps import OptimizerSteps
 
 log = logging.getLogger(__name__)
@@ -22,6 +26,8 @@ _SHOWN = {"loss": ".3f", "eval_loss": ".3f", "eval_f1": ".3f", "tokens_per_secon
 
 class History(TrainerCallback):
     """Writes every log entry to history.jsonl, reports it, and shows progress: a bar in a terminal, a line of text elsewhere.
+
+    The same entries are in the state that a checkpoint stores: a resumed run gets its history from there (`history_at`).
 
     Args:
         run: whose history.jsonl is written.
@@ -78,8 +84,9 @@ class History(TrainerCallback):
             scaler = getattr(kwargs.get("optimizer"), "scaler", None)
             if scaler is not None:
                 entry["loss_scale"] = scaler.get_scale()
-        # JSON has no NaN and no infinity: they are written as text.
-        self.run.append_history({name: str(value) if _is_not_finite(value) else value for name, value in entry.items()})
+        written = _as_json(entry)
+        state.log_history[-1] = written  # in place of the library's, which lacks our counts
+        self.run.append_history(written)
         self.report(entry)
         self._show(entry, state)
 
@@ -102,5 +109,82 @@ class History(TrainerCallback):
             self._bar.stop()
 
 
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def history_at(run: Run, checkpoint: Path | None) -> list[dict[str, Any]]:
+    """Return the lines of history.jsonl as they were when a checkpoint was written, whatever has become of the file since then.
+
+    Args:
+        run: the run.
+        checkpoint: a whole checkpoint; None: training starts at its first step, and the history is empty.
+
+    Raises:
+        UserError: history.jsonl is a link or no regular file, or a line is lost that only an earlier version's file had.
+    """
+    lines = _read_lines(run)
+    if checkpoint is None:
+        return []
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    before = [line for line in lines if line["step"] <= state.global_step and "stopped_early" not in line]
+    entries = list(_entries(state, before, run))
+    if before != entries:
+        log.warning(
+            "%s: differs from what was logged up to step %d: these lines are restored from %s",
+            run.history, state.global_step, checkpoint.name,
+        )  # fmt: skip
+    return entries
+
+
+def _read_lines(run: Run) -> list[dict[str, Any]]:
+    """Return the lines of history.jsonl as far as it can be read; raise UserError if something else is in its place."""
+    if not run.has(run.history):
+        return []
+    with contextlib.suppress(UserError):  # not UTF-8, or too large
+        return run.read_history()
+    return []
+
+
+def _entries(state: TrainerState, lines: list[dict[str, Any]], run: Run) -> Iterator[dict[str, Any]]:
+    """Yield the log entries that a checkpoint's state stores.
+
+    Earlier versions stored the library's entries, which lack our counts: a line of history.jsonl with the same values has them.
+    """
+    by_step: dict[int, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_step.setdefault(line["step"], []).append(line)
+    for logged in map(_as_json, state.log_history):
+        if "optimizer_steps" in logged:
+            yield logged
+        elif (
+            same := next((line for line in by_step.get(logged["step"], []) if _is_same(line, logged)), None)
+        ) is not None:
+            yield same
+        else:
+            yield _with_counts(logged, state, run)
+
+
+def _is_same(line: dict[str, Any], logged: dict[str, Any]) -> bool:
+    shared = line.keys() & logged.keys()
+    return shared >= logged.keys() & {"loss", "eval_loss"} and all(line[name] == logged[name] for name in shared)
+
+
+def _with_counts(logged: dict[str, Any], state: TrainerState, run: Run) -> dict[str, Any]:
+    """Return the library's entry with our counts, which are its step if no step was skipped.
+
+    Raises:
+        UserError: some were, so nothing but the lost line knows how many until then.
+    """
+    steps = find_state(dict(state.stateful_callbacks or {}), OptimizerSteps.checkpoint_key)
+    if steps is None or steps["attributes"]["skipped"]:
+        raise UserError(
+            f"{run.history}: lacks the line of step {logged['step']}, which a checkpoint of an earlier version does not have either: put "
+            "that file back from a copy, or start again in another hydra.run.dir"
+        )
+    counts = {"step": logged["step"], "optimizer_steps": logged["step"], "skipped_steps": 0}
+    return counts | {name: value for name, value in logged.items() if name not in _LEFT_OUT}
+
+
+def _as_json(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry as JSON can hold it, which has no NaN and no infinity: they become text."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in entry.items()
+    }

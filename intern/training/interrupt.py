@@ -1,12 +1,14 @@
 """Ctrl-C and SIGTERM during training."""
 
 import logging
+import math
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +23,9 @@ class Interruption(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        batches = len(kwargs["train_dataloader"])
+        if (late := late_checkpoint(args, state, math.ceil(batches / args.gradient_accumulation_steps))) is not None:
+            log.warning("%s", late)
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
             self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -44,3 +49,27 @@ class Interruption(TrainerCallback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+def late_checkpoint(args: TrainingArguments, state: TrainerState, steps_per_epoch: int) -> str | None:
+    """Return a warning if a kill, which unlike Ctrl-C and SIGTERM leaves no time for a checkpoint, would lose more than usual.
+
+    Args:
+        args: the trainer's arguments.
+        state: at the beginning of training, with the step at which it ends.
+        steps_per_epoch: optimizer steps of an epoch.
+    """
+    if args.save_strategy == SaveStrategy.STEPS:
+        key, first = f"save_steps={args.save_steps:g}", state.save_steps
+    elif args.save_strategy == SaveStrategy.EPOCH:
+        key, first = f"save_strategy=epoch (an epoch has {steps_per_epoch} steps)", steps_per_epoch
+    else:
+        key, first = "save_strategy=best", state.eval_steps if args.eval_strategy == "steps" else steps_per_epoch
+        if first < state.max_steps:
+            return f"trainer.{key}: a kill loses the steps since the best evaluation; trainer.save_strategy=steps would keep them"
+    if first < state.max_steps or state.global_step:
+        return None
+    return (
+        f"trainer.{key}: no checkpoint before the last step, {state.max_steps}: a kill loses the whole run; "
+        f"with trainer.save_strategy=steps trainer.save_steps={max(1, state.max_steps // 4)} it loses a quarter"
+    )

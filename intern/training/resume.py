@@ -1,6 +1,7 @@
 """A stopped run -> the same run, resumed: its own configuration, and what may differ from it."""
 
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from intern.config.build import plain
 from intern.data.settings import with_defaults
 from intern.errors import UserError
+from intern.runs.checkpoints import Checkpoint, Kind, examine_all
 from intern.runs.directory import Run
+from intern.runs.files import rename
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,52 @@ def check_same(cfg: DictConfig, run: Run, data: dict[str, str]) -> None:
     for path, sha256 in data.items():
         if stored.get(path) != sha256:
             raise UserError(f"{path} has changed since {run.path} was started: choose another hydra.run.dir")
+
+
+def choose_checkpoint(run: Run, needs_best: bool) -> tuple[Path | None, list[Checkpoint]]:
+    """Return the newest checkpoint that is as it was written, None if there is none yet, and the newer ones, which cannot be used.
+
+    Args:
+        run: the run.
+        needs_best: whether the run ends with the best checkpoint (trainer.load_best_model_at_end).
+
+    Raises:
+        UserError: every checkpoint is damaged.
+    """
+    seen = examine_all(run.checkpoints, run.path, needs_best)
+    chosen = seen.pop() if seen and seen[-1].is_usable else None
+    faults = "; ".join(one.fault for one in seen if one.kind is Kind.DAMAGED)
+    if faults and chosen is None:
+        raise UserError(
+            f"{run.checkpoints}: no checkpoint is as it was written ({faults}): put that file back from a copy, or start again in another "
+            f"hydra.run.dir, or in this one after removing {run.checkpoints}"
+        )
+    if chosen is None:
+        return None, seen
+    if faults:
+        log.warning("%s: %s; resuming from %s instead", run.checkpoints, faults, chosen.path.name)
+    if chosen.kind is Kind.UNVERIFIED:
+        log.warning("%s: an earlier version wrote no manifest, so its files cannot be verified", chosen.path)
+    return chosen.path, seen
+
+
+def set_aside(checkpoints: Sequence[Checkpoint], run: Run) -> None:
+    """Make room for the checkpoints of steps that a resumed run trains again.
+
+    One that a kill has cut short is removed. A damaged one is renamed to damaged-checkpoint-STEP: it may still be of use.
+
+    Args:
+        checkpoints: those that cannot be used.
+        run: the run, which is locked.
+    """
+    for one in checkpoints:
+        if one.kind is Kind.UNFINISHED:
+            shutil.rmtree(one.path)
+        else:
+            aside = one.path.with_name(f"damaged-{one.path.name}")
+            if aside.is_dir() and not aside.is_symlink():  # of an earlier resume
+                shutil.rmtree(aside)
+            rename(one.path, run.path, aside.name)
 
 
 def extends_training(cfg: DictConfig, run: Run) -> bool:

@@ -180,8 +180,25 @@ def answers_come_with_evaluations(cfg: Groups) -> str | None:
 
 def checkpoints_are_written(cfg: Groups) -> str | None:
     """A run writes checkpoints: without them an interruption loses everything."""
-    if str(cfg["trainer"].get("save_strategy", "steps")) in ("no", "False"):
-        return "trainer.save_strategy=no: a run without checkpoints cannot be resumed; keep steps and raise trainer.save_steps"
+    saves = str(cfg["trainer"].get("save_strategy", "steps"))
+    if saves in ("no", "False", "None"):
+        return f"trainer.save_strategy={'null' if saves == 'None' else saves}: a run without checkpoints cannot be resumed; keep steps and raise trainer.save_steps"
+    return None
+
+
+def the_best_checkpoint_comes_with_evaluations(cfg: Groups) -> str | None:
+    """save_strategy=best writes a checkpoint after an evaluation only, so evaluations must not be off or delayed."""
+    trainer = cfg["trainer"]
+    if str(trainer.get("save_strategy", "steps")) != "best":
+        return None
+    if str(trainer.get("eval_strategy", "no")) in ("no", "False"):
+        return (
+            "trainer.save_strategy=best needs trainer.eval_strategy=steps: without evaluations no checkpoint is written"
+        )
+    if trainer.get("metric_for_best_model", "eval_loss") is None:
+        return "trainer.save_strategy=best needs trainer.metric_for_best_model=eval_loss: without it no checkpoint is the best"
+    if delay := trainer.get("eval_delay"):
+        return f"trainer.eval_delay={delay}: no checkpoint is written until then with trainer.save_strategy=best; leave it out or use steps"
     return None
 
 
@@ -231,6 +248,7 @@ OF_VALUES: tuple[Callable[[Groups], str | None], ...] = (
     answers_come_with_evaluations,
     named_choices_exist,
     checkpoints_are_written,
+    the_best_checkpoint_comes_with_evaluations,
     packed_rows_stay_whole,
     the_adapter_is_for_a_causal_language_model,
     the_adapter_names_no_code,

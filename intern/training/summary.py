@@ -11,20 +11,17 @@ from intern.training.trainer import InternTrainer
 log = logging.getLogger(__name__)
 
 
-def summarize(
-    trainer: InternTrainer, callbacks: Callbacks, plan: TrainingPlan, run: Run, loss: float
-) -> dict[str, Any]:
+def summarize(trainer: InternTrainer, callbacks: Callbacks, plan: TrainingPlan) -> dict[str, Any]:
     """Return the metrics of training.
 
     Args:
         trainer: after training.
         callbacks: its callbacks.
         plan: what it trained.
-        run: whose history.jsonl has the losses.
-        loss: the libraries' mean loss, for a run that is too short for a log entry.
     """
     steps, memory = callbacks.steps, callbacks.memory
-    losses = [entry["loss"] for entry in run.read_history() if isinstance(entry.get("loss"), float)]
+    # Of the state, which checkpoints store, and not of history.jsonl: a file may have been changed before a resume.
+    losses = [entry["loss"] for entry in trainer.state.log_history if isinstance(entry.get("loss"), float)]
     tokens = trainer.state.num_input_tokens_seen
     best_step = _best_step(trainer)
     return {
@@ -33,7 +30,7 @@ def summarize(
         "skipped_steps": steps.skipped,
         "best_step": best_step,
         "best_metric": trainer.state.best_metric if best_step is not None else None,
-        "train_loss": sum(losses) / len(losses) if losses else loss,
+        "train_loss": sum(losses) / len(losses) if losses else callbacks.window.mean_loss,
         "train_seconds": round(steps.seconds, 1),
         "train_tokens": tokens,
         "tokens_per_second": round(tokens / steps.seconds, 1),
@@ -46,7 +43,7 @@ def summarize(
 
 
 def note_early_stop(trainer: InternTrainer, callbacks: Callbacks, run: Run) -> None:
-    """Append a line to history.jsonl if training stopped early; a run that was killed after that line has it already."""
+    """Append a line to history.jsonl if training stopped early."""
     if callbacks.early_stopping is None or not callbacks.early_stopping.stopped:
         return
     state, metric = trainer.state, trainer.args.metric_for_best_model
@@ -59,8 +56,7 @@ def note_early_stop(trainer: InternTrainer, callbacks: Callbacks, run: Run) -> N
         "best_step": state.best_global_step,
         "best_metric": state.best_metric,
     }
-    if not any("stopped_early" in line for line in run.read_history()):
-        run.append_history(entry)
+    run.append_history(entry)
 
 
 def _best_step(trainer: InternTrainer) -> int | None:

@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from intern.data.prompt import IGNORED
@@ -16,6 +17,7 @@ from intern.kernels.install import InstalledKernels
 from intern.kernels.isolated_attention import no_mask
 from intern.kernels.last_mlp import POSITIONS, WithPositions
 from intern.kernels.lora_linear import forget_waiting
+from intern.runs.checkpoints import begin, examine, seal
 from intern.training.arguments import StepRules
 from intern.training.checkpoint_state import restore_callbacks
 from intern.training.steps import OptimizerSteps, ResumableEarlyStopping
@@ -53,6 +55,8 @@ class InternTrainer(SFTTrainer):
         self._answer_scores = answer_scores
         self._has_checked_labels = False
         args: SFTConfig = kwargs["args"]
+        # Without its limit the library removes no checkpoint: it would before a new one has its manifest, and also the last one at the end.
+        self._save_total_limit, args.save_total_limit = args.save_total_limit, None
         length = args.max_length
         if args.padding_free and not args.packing:
             args.max_length = None  # TRL refuses a length since it would not cut these rows; they are cut already
@@ -188,11 +192,18 @@ class InternTrainer(SFTTrainer):
         self._tokens.append(self.accelerator.gather(tokens).sum())
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **kwargs: Any) -> None:
-        """Run the library's, after reading what was counted if anything will use it."""
-        control = self.control
+        """Run the library's, after reading what was counted if anything will use it.
+
+        With save_strategy=best, an evaluation decides whether a checkpoint is written, and would cancel that of an interruption.
+        """
+        control, step = self.control, self.state.global_step
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
             self._read_metrics()
+        is_canceled = control.should_save and control.should_evaluate and self.args.save_strategy == SaveStrategy.BEST
         super()._maybe_log_save_evaluate(*arguments, **kwargs)
+        if is_canceled and not (Path(self.args.output_dir) / f"checkpoint-{step}").exists():
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: nothing uses the number, and the library would count all parameters again for every batch."""
@@ -217,6 +228,25 @@ class InternTrainer(SFTTrainer):
             output.metrics.update(self._answer_scores(self.model))
         return output
 
+    def _save_checkpoint(self, *arguments: Any) -> None:
+        """Run the library's, then write the manifest. Older checkpoints are removed only after that, when this one is on the disk."""
+        folder = Path(self.args.output_dir)
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        begin(checkpoint, folder.parent)
+        super()._save_checkpoint(*arguments)
+        seal(checkpoint, folder.parent)
+        rotate_checkpoints(str(folder), self._save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_best_model(self) -> None:
+        """Run the library's, after checking that the best checkpoint is as it was written."""
+        best = examine(Path(str(self.state.best_model_checkpoint)), Path(self.args.output_dir).parent)
+        if not best.is_usable:
+            raise RunError(
+                f"{best.path.parent}: {best.fault or best.path.name}: the best checkpoint cannot be loaded: put that file back from a copy, "
+                "then resume the run"
+            )
+        super()._load_best_model()
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card: the run directory itself says what was trained on what."""
 
@@ -238,6 +268,11 @@ class InternTrainer(SFTTrainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         callbacks = self.callback_handler.callbacks
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if (
+            self.state.best_model_checkpoint is None and best.is_dir()
+        ):  # the library looks where the run was when it was written
+            self.state.best_model_checkpoint = str(best)
         if self.state.global_step:
             restore_callbacks(callbacks, self.state, str(resume_from_checkpoint))
         skipped = sum(callback.skipped for callback in callbacks if isinstance(callback, OptimizerSteps))

@@ -19,9 +19,13 @@ def logged(tmp_path, logs, optimizer=None, step=4):
     state, control = TrainerState(max_steps=10, num_input_tokens_seen=0), TrainerControl()
     history.on_train_begin(None, state, control)
     state.global_step, state.num_input_tokens_seen = step, 500
+    state.log_history.append(logs | {"step": step})  # as the library does
     history.on_log(None, state, control, logs=logs, optimizer=optimizer)
     history.close()
-    return history.run.read_history(), reported
+    entries = history.run.read_history()
+    if entries:
+        assert state.log_history == entries, "a checkpoint must store what the file has"
+    return entries, reported
 
 
 def test_an_entry_has_steps_taken_and_skipped_tokens_per_second_and_the_loss_scale(tmp_path):

@@ -1,10 +1,12 @@
 """A run that stops and resumes ends bit for bit like one that never stopped."""
 
+import os
 import shutil
+import signal
 import types
 
 import pytest
-from helpers import ROOT, command, composed, train
+from helpers import GOLDEN, ROOT, command, composed, train
 from omegaconf import OmegaConf
 
 from intern.errors import UserError
@@ -13,6 +15,7 @@ from intern.runs.directory import Run
 from intern.runs.find import find_unfinished
 from intern.training.finetune import finetune
 from intern.training.resume import MAY_CHANGE, resumed_config
+from intern.training.trainer import InternTrainer
 
 # A checkpoint after 5 steps, a log line every 2: the stop falls between two lines. Gradients are summed over 2 batches.
 STEPS, HALF = 9, 5
@@ -159,7 +162,7 @@ def test_verify_proves_it_on_this_machine_and_finds_what_is_lost(tmp_path):
     straight, resumed = Run(tmp_path / "good/straight"), Run(tmp_path / "good/resumed")
     state = resumed.checkpoints / "checkpoint-6" / "trainer_state.json"
     state.write_text(state.read_text().replace('"taken": 6', '"taken": 5'))
-    resumed.drop_history_after(3)
+    resumed.write_history([entry for entry in resumed.read_history() if entry["step"] <= 3])
     weights = resumed.adapter / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -177,3 +180,31 @@ def test_what_verify_cannot_do_is_said(override, tmp_path):
 def test_the_stored_configuration_is_the_one_that_ran(half):
     cfg = half[1].read_config()
     assert "resume" not in cfg and OmegaConf.to_container(cfg) == OmegaConf.to_container(half[0].read_config())
+
+
+def test_an_interruption_keeps_its_checkpoint_whatever_the_evaluation_of_that_step_says(tmp_path, monkeypatch):
+    rows = GOLDEN.read_text().splitlines(keepends=True)[:2]
+    (tmp_path / "golden.jsonl").write_text("".join(rows))
+    overrides = (
+        *BRIEF, f"data.eval_file={tmp_path}/golden.jsonl", "trainer.max_steps=5", "trainer.logging_steps=100",
+        "trainer.save_strategy=best", "trainer.eval_strategy=steps", "trainer.eval_steps=1", "trainer.save_total_limit=1",
+        "trainer.learning_rate=0",  # the first evaluation stays the best
+    )  # fmt: skip
+    straight = train(tmp_path / "straight", *overrides)
+    tokens, calls = InternTrainer.get_batch_samples, []
+
+    def interrupting(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return tokens(self, *arguments)
+
+    monkeypatch.setattr(InternTrainer, "get_batch_samples", interrupting)
+    with pytest.raises(SystemExit, match="143"):
+        train(tmp_path / "stopped", *overrides)
+    stopped = Run(tmp_path / "stopped")
+    assert sorted(path.name for path in stopped.checkpoints.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+    assert stopped.last_checkpoint() == stopped.checkpoints / "checkpoint-3"
+    resumed = train(tmp_path / "stopped", *overrides)
+    losses = [run.read_json(run.metrics)["train_loss"] for run in (straight, resumed)]
+    assert losses[0] == losses[1] > 1  # without a log line before the stop
