@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from intern.cli import sweep
+from intern.cli.messages import say
 from intern.config.build import literal_text
+from intern.config.secrets import refuse, refuse_arguments
 from intern.config.suggestions import unknown, with_origin
 from intern.errors import RunError, UserError, one_line
 from intern.paths import CONF_DIR
@@ -90,6 +93,7 @@ def command(
         @functools.wraps(task)
         def job(cfg: DictConfig) -> Any:
             try:
+                _refuse_credentials(cfg)
                 with _full_errors("1" if WANTS_TRACEBACK else None):  # for processes that the task starts
                     return task(cfg)
             except Exception as error:  # of any kind: nothing is swallowed
@@ -116,21 +120,20 @@ def command(
             # A log file that cannot be written, on a full disk, must not bury the error line under logging's own tracebacks.
             logging.raiseExceptions = False
             try:
+                refuse_arguments(sys.argv[1:])
                 sys.argv[1:] = prepare(literal(sys.argv[1:], words))
                 with _full_errors("1"):  # Hydra raises its own errors instead of printing them
                     job()
             except (HydraException, OmegaConfBaseException, UserError) as error:
                 if WANTS_TRACEBACK:
                     raise
-                sys.stderr.write(_composition_fault(error) + "\n")
+                say(_composition_fault(error))
                 sys.exit(2)
             except OSError as error:
                 if WANTS_TRACEBACK:
                     raise
                 # The task's own errors are logged by its job: this one is about the folder that Hydra makes before.
-                sys.stderr.write(
-                    f"{error.filename}: cannot be written ({error.strerror}): choose another hydra.run.dir\n"
-                )
+                say(f"{error.filename}: cannot be written ({error.strerror}): choose another hydra.run.dir")
                 sys.exit(2)
             except KeyboardInterrupt:
                 sys.exit(130)
@@ -195,6 +198,17 @@ def _as_text(value: str, keep_interpolations: bool = False) -> str:
     if not keep_interpolations:
         value = literal_text(value)
     return QuotedString(value, Quote.double).with_quotes()
+
+
+def _refuse_credentials(cfg: DictConfig) -> None:
+    """Refuse a configuration with a credential, and remove what Hydra stored of it: a job of a sweep is composed only there."""
+    hydra_config = HydraConfig.get()
+    try:
+        refuse(cfg)
+    except UserError:
+        if hydra_config.output_subdir is not None:
+            shutil.rmtree(Path(hydra_config.runtime.output_dir) / hydra_config.output_subdir, ignore_errors=True)
+        raise
 
 
 def _located(message: str) -> str:

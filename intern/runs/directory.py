@@ -15,6 +15,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 
+from intern.config.build import literal
+from intern.config.secrets import storable
 from intern.errors import UserError
 from intern.paths import CONF_DIR
 from intern.runs.files import (
@@ -121,8 +123,8 @@ class Run:
                 draft.unlink()
 
     def write_config(self, cfg: DictConfig) -> None:
-        """Write the configuration with every interpolation resolved."""
-        self.write_text(self.config, OmegaConf.to_yaml(cfg, resolve=True))
+        """Write the configuration with every interpolation resolved, except for texts from the environment."""
+        self.write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(literal(storable(cfg))), resolve=True))
 
     def write_json(self, path: Path, content: dict[str, Any]) -> None:
         """Write one JSON object, complete or not at all."""

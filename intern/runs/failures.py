@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Iterator
 
+from intern.config.secrets import masked
 from intern.errors import BusyError, RunError, UserError, one_line
 from intern.runs.directory import Run
 from intern.runs.files import remove_file
@@ -44,7 +45,7 @@ def record_failure(run: Run) -> Iterator[None]:
     except Exception as error:  # of any kind: it is raised again for the command to show
         failure = {
             "exit_code": 2 if isinstance(error, UserError) else 1,
-            "error": one_line(error),
+            "error": masked(one_line(error)),
             "begins_anew": not isinstance(error, UserError) and _unwritable(error) is None,
         }
         if not run.finished:

@@ -13,7 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from intern.config.build import literal_text, plain
+from intern.config.build import literal_text
+from intern.config.secrets import from_environment, storable
 from intern.display.progress import progress_bars
 from intern.errors import RunError, UserError
 from intern.inference.losses import answer_losses
@@ -99,6 +100,7 @@ def _open(run: Run, cfg: DictConfig, plan: TrainingPlan, sweep: str | None) -> T
     if run.finished and checkpoint is None:
         raise UserError(f"{run.path} holds a finished run without checkpoints: it cannot be trained longer")
     environment = {"run_id": uuid.uuid4().hex[:12], "sweep": sweep, "run_dir": str(run.path)} | describe(plan.files)
+    environment["from_environment"] = sorted(from_environment(cfg))
     if checkpoint is not None:
         check_same(cfg, run, environment["data"])
         before = run.read_json(run.environment)
@@ -112,7 +114,7 @@ def _open(run: Run, cfg: DictConfig, plan: TrainingPlan, sweep: str | None) -> T
     run.write_json(run.prompt, plan.prompt.to_json())
     run.write_json(run.environment, environment)
     run_id, sweep = environment["run_id"], environment["sweep"]
-    return TrackedRun(run, plain(cfg), run_id, sweep, step=step_of(checkpoint))
+    return TrackedRun(run, storable(cfg), run_id, sweep, step=step_of(checkpoint))
 
 
 def _train(model: PreTrainedModel, run: Run, plan: TrainingPlan, trackers: Trackers) -> tuple[Any, dict[str, Any]]:
