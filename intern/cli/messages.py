@@ -4,7 +4,7 @@ import logging
 import sys
 
 from intern.config.secrets import masked
-from intern.display.text import visible
+from intern.display.text import in_lines, visible
 
 _OURS = ("intern", "hydra")
 
@@ -24,7 +24,7 @@ class Formatter(logging.Formatter):
 
 def shown(text: str) -> str:
     """Return text for a terminal or a log file: credentials masked, control characters as escapes. Line breaks stay."""
-    return "\n".join(map(visible, masked(text).split("\n")))
+    return in_lines(masked(text))
 
 
 def say(message: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from intern.display.text import json_text
 from intern.errors import RunError
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Predictions:
 
 
 def _line(prediction: Prediction) -> str:
-    return json.dumps(asdict(prediction), ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(json.dumps(asdict(prediction), ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def _read(path: Path) -> list[Prediction]:

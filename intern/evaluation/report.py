@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from intern.display.table import markdown
-from intern.display.text import markdown_text, visible
+from intern.display.text import in_lines, markdown_text
 from intern.evaluation.bootstrap import FEW_MARK
 from intern.evaluation.evaluate import Evaluation
 from intern.evaluation.report_plots import draw_plots
@@ -34,9 +34,7 @@ def write_report(evaluation: Evaluation) -> None:
 
 def _without_control_characters(value: Any) -> Any:
     """Show the control characters of texts as escapes, except line breaks and tabs, which the page shows as such."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return "".join(c if c in "\n\t" else visible(c) for c in value.replace("\r\n", "\n"))
+    return in_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _markdown(view: dict[str, Any], plots: list[Path]) -> str:

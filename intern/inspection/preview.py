@@ -11,6 +11,7 @@ from intern.data.packing import pack
 from intern.data.tokenize import Tokenized
 from intern.display.plot import plot_lengths
 from intern.display.progress import progress_bars
+from intern.display.text import visible
 from intern.errors import UserError
 from intern.inspection.check import Check, show_checks
 from intern.inspection.duplicate_checks import check_duplicates, check_leaks
@@ -51,7 +52,7 @@ def examine(cfg: DictConfig, console: Console) -> list[Check]:
         target.write_text(page(preview, f"Preview of {data.train_file.path.name}"), encoding="utf-8")
     for path in (cfg.lengths, cfg.html):
         if path:
-            sys.stderr.write(f"wrote {path}\n")
+            sys.stderr.write(f"wrote {visible(str(path))}\n")
     return preview.checks
 
 

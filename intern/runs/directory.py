@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from intern.config.build import literal
 from intern.config.secrets import storable
+from intern.display.text import json_text
 from intern.errors import UserError
 from intern.paths import CONF_DIR
 from intern.runs.files import (
@@ -128,7 +129,7 @@ class Run:
 
     def write_json(self, path: Path, content: dict[str, Any]) -> None:
         """Write one JSON object, complete or not at all."""
-        self.write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        self.write_text(path, json_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)) + "\n")
 
     def write_text(self, path: Path, text: str) -> None:
         """Write a text file of the run, complete or not at all, and never through a link. Folders around it are created.
