@@ -38,6 +38,7 @@ from intern.config.secrets import refuse, refuse_arguments
 from intern.config.suggestions import unknown, with_origin
 from intern.errors import RunError, UserError, one_line
 from intern.paths import CONF_DIR
+from intern.runs.disk import unwritable
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ _LISTS = {"data.eval_file", "data.train_file"}  # may hold several: [a,b]
 _SWEPT = ("data.", "model.", "logger.")  # groups whose keys a sweep may give several values, separated by commas
 _INTERPOLATED = {"hydra.run.dir", "hydra.sweep.dir", "model.quantized_cache"}  # ${now:...} is Hydra's in these
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+_ROOM = "free some space or make it writable, then run the same command again"
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
@@ -105,6 +107,8 @@ def command(
                     sweep.log_file.error("its traceback:", exc_info=error)
                 elif isinstance(error, UserError | RunError):
                     log.error("%s", _located(str(error)))
+                elif (found := unwritable(error)) is not None:
+                    log.error("%s: %s: %s", found[0] or "a file", found[1], _ROOM)
                 else:
                     log.exception("%s", type(error).__name__)
                 if HydraConfig.get().mode == RunMode.MULTIRUN:

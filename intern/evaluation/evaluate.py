@@ -214,6 +214,7 @@ def _predictions(
     for run in dict.fromkeys(side.run for side in sides):
         missing = [side for side in sides if side.run == run and done.of(side.name, numbers) is None]
         if missing:
+            done.begin()
             _answer(cfg, run, missing, golden, done)
     done.put_in_order([side.name for side in sides])
     made = [done.of(side.name, numbers) for side in sides]

@@ -13,6 +13,7 @@ from intern.evaluation.bootstrap import FEW_MARK
 from intern.evaluation.evaluate import Evaluation
 from intern.evaluation.report_plots import draw_plots
 from intern.evaluation.report_view import build_view
+from intern.runs.files import write_text
 
 
 def write_report(evaluation: Evaluation) -> None:
@@ -28,8 +29,8 @@ def write_report(evaluation: Evaluation) -> None:
     )
     images = {path.stem: Markup(base64.b64encode(path.read_bytes()).decode()) for path in plots}
     html = environment.get_template("report.html.jinja").render(images=images, **view)
-    (evaluation.folder / "report.html").write_text(html, encoding="utf-8")
-    (evaluation.folder / "report.md").write_text(_markdown(view, plots), encoding="utf-8")
+    write_text(evaluation.folder / "report.html", evaluation.folder, html)
+    write_text(evaluation.folder / "report.md", evaluation.folder, _markdown(view, plots))
 
 
 def _without_control_characters(value: Any) -> Any:

@@ -13,14 +13,12 @@ from intern.training.checkpoint_state import LoggingWindow
 from intern.training.health import Health
 from intern.training.history import History
 from intern.training.interrupt import Interruption
-from intern.training.pickled_arguments import PickledArguments
 from intern.training.steps import OptimizerSteps, ResumableEarlyStopping
 from intern.training.trainer import InternTrainer
 
 # transformers calls each event of all callbacks in the order of this list.
 ORDER: tuple[type[TrainerCallback], ...] = (
     DefaultFlowCallback,  # transformers' own: sets the stop at max_steps
-    PickledArguments,  # are gone before anything else looks at a new checkpoint
     FitMemory,  # before training begins, memory is measured with nothing else under way
     ResumableEarlyStopping,  # sets a stop, which ...
     OptimizerSteps,  # ... reverts before min_steps, as it does the stop at max_steps after a skipped step
@@ -74,7 +72,6 @@ def build_callbacks(
         memory=build_memory(trainer) if build_memory is not None else None,
     )
     ordered = (
-        PickledArguments(),
         callbacks.memory,
         callbacks.early_stopping,
         steps,

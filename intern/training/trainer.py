@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -216,6 +217,11 @@ class InternTrainer(SFTTrainer):
         if self._answer_scores is not None and output.metrics is not None:
             output.metrics.update(self._answer_scores(self.model))
         return output
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Run the library's, without its pickled arguments: they hold values that config.yaml leaves unresolved, and nothing reads them."""
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or str(self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card: the run directory itself says what was trained on what."""

@@ -33,7 +33,6 @@ def test_what_a_run_does_not_use_is_left_out(tmp_path):
     assert built.memory is None and built.early_stopping is None
     assert kinds == [
         "DefaultFlowCallback",
-        "PickledArguments",
         "OptimizerSteps",
         "LoggingWindow",
         "Interruption",
