@@ -14,10 +14,10 @@ def main(cfg: DictConfig) -> None:
     """Compare base and adapter, or two runs, on the golden rows."""
     run = resolve(cfg.run_dir)
     against = resolve(cfg.against) if cfg.against else None
-    from intern.evaluation.disk import explain_disk_errors  # heavy from here on: keeps --help and a wrong run_dir fast
     from intern.evaluation.evaluate import as_json, evaluate
     from intern.evaluation.report import write_report
     from intern.evaluation.terminal import show_evaluation, show_tasks
+    from intern.runs.disk import explain_disk_errors  # heavy from here on: keeps --help and a wrong run_dir fast
 
     remedy = "make it writable or free some space, then run the same command again: finished answers are kept"
     with explain_disk_errors(run.evaluation, remedy):

@@ -5,6 +5,8 @@ import sys
 from omegaconf import DictConfig
 
 from intern.cli.command import command
+from intern.cli.messages import say
+from intern.display.text import in_lines
 from intern.errors import UserError
 from intern.model.preload import importing
 from intern.runs.find import resolve
@@ -19,17 +21,22 @@ def main(cfg: DictConfig) -> None:
 
     intern = Intern(run, cfg.generation, cfg.base_model)
     if cfg.question is not None:
-        sys.stdout.write(intern.answer(str(cfg.question), cfg.context) + "\n")
+        sys.stdout.write(_shown(intern.answer(str(cfg.question), cfg.context)) + "\n")
         return
-    sys.stderr.write(f"{run.path}: ask a question; Ctrl-D ends\n")
+    say(f"{run.path}: ask a question; Ctrl-D ends")
     while question := _ask():
         try:
             for piece in intern.stream(question, cfg.context):
-                sys.stdout.write(piece)
+                sys.stdout.write(_shown(piece))
                 sys.stdout.flush()
             sys.stdout.write("\n")
         except UserError as error:  # this question cannot be answered, the next one may
-            sys.stderr.write(f"{error}\n")
+            say(str(error))
+
+
+def _shown(answer: str) -> str:
+    """Return an answer's own characters, except in a terminal, which control characters would command."""
+    return in_lines(answer) if sys.stdout.isatty() else answer
 
 
 def _ask() -> str | None:

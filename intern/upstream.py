@@ -82,6 +82,14 @@ TABLE = (
         "(self, inputs)",
     ),
     Upstream(
+        f"{_TRAINER}._save",
+        (f"{_OURS}._save",),
+        "writes the files of a checkpoint that are about the model, and the pickled arguments",
+        "silent: checkpoints hold values from the environment in training_args.bin",
+        "(self, output_dir, state_dict)",
+        ("torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))",),
+    ),
+    Upstream(
         f"{_TRAINER}._maybe_log_save_evaluate",
         (f"{_OURS}._maybe_log_save_evaluate",),
         "is called after every optimizer step, before anything is logged or saved; save_strategy=best lets an evaluation cancel a save",

@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from intern.cli.command import command, quoted
+from intern.config.secrets import from_environment
 from intern.errors import RunError, UserError
 from intern.model.preload import importing
 from intern.runs.directory import Run
@@ -28,9 +29,10 @@ def main(cfg: DictConfig) -> None:
     check_plan(short, straight)
     straight.path.mkdir()
     straight.write_config(short)
-    _train(straight)
+    again_given = [f"{key}={value}" for key, value in from_environment(short).items()]
+    _train(straight, again_given)
     stop_after(straight, half, stopped)
-    _train(stopped)
+    _train(stopped, again_given)
     parts = list(diff_runs(straight, stopped, cfg.steps))
     show(
         ["after the last step", "values", "differ", "by at most"],
@@ -43,7 +45,7 @@ def main(cfg: DictConfig) -> None:
         return
     # Does this machine repeat itself at all? Resume once more from the same checkpoint.
     stop_after(straight, half, again)
-    _train(again)
+    _train(again, again_given)
     repeats = not any(part.differ for part in diff_runs(stopped, again, cfg.steps))
     reason = (
         "two resumes from the same checkpoint agree, so something is lost at a stop"
@@ -53,9 +55,14 @@ def main(cfg: DictConfig) -> None:
     raise RunError(f"a resumed run differs from a straight one ({reason}): see {folder}")
 
 
-def _train(run: Run) -> None:
-    """Train in a process of its own; its messages go to standard error, so that standard output has only the table."""
-    line = [sys.executable, "-m", "intern.train", quoted("resume", str(run.path))]
+def _train(run: Run, again_given: list[str]) -> None:
+    """Train in a process of its own; its messages go to standard error, so that standard output has only the table.
+
+    Args:
+        run: a run to resume.
+        again_given: overrides that its configuration does not hold: values from the environment.
+    """
+    line = [sys.executable, "-m", "intern.train", quoted("resume", str(run.path)), *again_given]
     if (code := subprocess.run(line, check=False, stdout=sys.stderr).returncode) != 0:
         raise RunError(f"training in {run.path} ended with exit code {code}: see its messages above")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 
 from intern.paths import CONF_DIR
@@ -150,7 +151,6 @@ def tiny_trainer(path, quantized=True, dropout=0.0, targets=("q_proj", "v_proj")
     `callbacks` are functions that make a callback for the trainer; `callback_of` finds it afterwards.
     """
     from datasets import Dataset
-    from omegaconf import OmegaConf
     from transformers import BitsAndBytesConfig
     from trl import SFTConfig
 
@@ -202,3 +202,28 @@ def callback_of(trainer, kind):
 def adapters(trainer):
     """The trained parameters, by name."""
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def made(path, eval_loss=1.0, rank=8, rate=0.001, evaluation=None, data="golden", **extra):
+    """A finished run as intern.train leaves one, without its weights."""
+    path.mkdir(parents=True)
+    run = Run(path)
+    config = {
+        "seed": 1,
+        "lora": {"r": rank, "target_modules": ["q_proj", "v_proj"]},
+        "trainer": {"learning_rate": rate},
+    }
+    run.write_config(OmegaConf.merge(OmegaConf.create(config | {"data": {"eval_file": "/g"}}), OmegaConf.create(extra)))
+    metrics = {"train_loss": 2.0, "tokens_per_second": 900.0, "trainable_parameters": 1000 * rank}
+    metrics |= {"peak_host_rss_gib": 1 + rank / 100, "train_seconds": 60.5}
+    run.write_json(run.metrics, metrics | ({"eval_loss": eval_loss} if eval_loss is not None else {}))
+    run.write_json(run.environment, {"data": {"/g": data}, "gpu": None})
+    for step in (2, 4):
+        run.append_history({"step": step, "optimizer_steps": step, "loss": 3.0 / step})
+    if evaluation is not None:
+        folder = run.evaluation / "golden_test_set"
+        folder.mkdir(parents=True)
+        after = {"value": evaluation, "low": evaluation - 0.1, "high": evaluation + 0.1}
+        group = {"name": "all", "scores": {"token_f1": {"rows": 100, "before": after, "after": after}}}
+        (folder / "metrics.json").write_text(json.dumps({"file_sha256": "g", "groups": [group]}))
+    return path

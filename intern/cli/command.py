@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -31,10 +32,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from intern.cli import sweep
+from intern.cli.messages import say
 from intern.config.build import literal_text
+from intern.config.secrets import refuse, refuse_arguments
 from intern.config.suggestions import unknown, with_origin
 from intern.errors import RunError, UserError, one_line
 from intern.paths import CONF_DIR
+from intern.runs.disk import unwritable
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +73,7 @@ _LISTS = {"data.eval_file", "data.train_file"}  # may hold several: [a,b]
 _SWEPT = ("data.", "model.", "logger.")  # groups whose keys a sweep may give several values, separated by commas
 _INTERPOLATED = {"hydra.run.dir", "hydra.sweep.dir", "model.quantized_cache"}  # ${now:...} is Hydra's in these
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+_ROOM = "free some space or make it writable, then run the same command again"
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
@@ -90,6 +95,7 @@ def command(
         @functools.wraps(task)
         def job(cfg: DictConfig) -> Any:
             try:
+                _refuse_credentials(cfg)
                 with _full_errors("1" if WANTS_TRACEBACK else None):  # for processes that the task starts
                     return task(cfg)
             except Exception as error:  # of any kind: nothing is swallowed
@@ -101,6 +107,8 @@ def command(
                     sweep.log_file.error("its traceback:", exc_info=error)
                 elif isinstance(error, UserError | RunError):
                     log.error("%s", _located(str(error)))
+                elif (found := unwritable(error)) is not None:
+                    log.error("%s: %s: %s", found[0] or "a file", found[1], _ROOM)
                 else:
                     log.exception("%s", type(error).__name__)
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -116,21 +124,20 @@ def command(
             # A log file that cannot be written, on a full disk, must not bury the error line under logging's own tracebacks.
             logging.raiseExceptions = False
             try:
+                refuse_arguments(sys.argv[1:])
                 sys.argv[1:] = prepare(literal(sys.argv[1:], words))
                 with _full_errors("1"):  # Hydra raises its own errors instead of printing them
                     job()
             except (HydraException, OmegaConfBaseException, UserError) as error:
                 if WANTS_TRACEBACK:
                     raise
-                sys.stderr.write(_composition_fault(error) + "\n")
+                say(_composition_fault(error))
                 sys.exit(2)
             except OSError as error:
                 if WANTS_TRACEBACK:
                     raise
                 # The task's own errors are logged by its job: this one is about the folder that Hydra makes before.
-                sys.stderr.write(
-                    f"{error.filename}: cannot be written ({error.strerror}): choose another hydra.run.dir\n"
-                )
+                say(f"{error.filename}: cannot be written ({error.strerror}): choose another hydra.run.dir")
                 sys.exit(2)
             except KeyboardInterrupt:
                 sys.exit(130)
@@ -195,6 +202,17 @@ def _as_text(value: str, keep_interpolations: bool = False) -> str:
     if not keep_interpolations:
         value = literal_text(value)
     return QuotedString(value, Quote.double).with_quotes()
+
+
+def _refuse_credentials(cfg: DictConfig) -> None:
+    """Refuse a configuration with a credential, and remove what Hydra stored of it: a job of a sweep is composed only there."""
+    hydra_config = HydraConfig.get()
+    try:
+        refuse(cfg)
+    except UserError:
+        if hydra_config.output_subdir is not None:
+            shutil.rmtree(Path(hydra_config.runtime.output_dir) / hydra_config.output_subdir, ignore_errors=True)
+        raise
 
 
 def _located(message: str) -> str:

@@ -17,6 +17,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from intern.cli.messages import say
+from intern.config.secrets import refuse
 from intern.errors import UserError, one_line
 from intern.runs.directory import Run
 from intern.runs.find import runs_below
@@ -112,7 +114,19 @@ def release_memory() -> None:
 
 
 class Sweep(Callback):
-    """hydra.callbacks: releases memory after each job; after the last one draws the picture and logs the best job and the failures."""
+    """hydra.callbacks: refuses credentials before Hydra stores the configuration, releases memory after each job.
+
+    After the last job it draws the picture and logs the best job and the failures.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            refuse(config)
+        except UserError as error:
+            say(str(error))
+            sys.exit(2)  # Hydra makes a warning of any other exception of a callback
+
+    on_multirun_start = on_run_start
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:

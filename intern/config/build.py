@@ -22,6 +22,15 @@ def literal_text(text: str) -> str:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
+def literal(value: Any) -> Any:
+    """A value of built-in types whose texts OmegaConf takes for these characters."""
+    if isinstance(value, dict):
+        return {key: literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [literal(inner) for inner in value]
+    return literal_text(value) if isinstance(value, str) else value
+
+
 def plain(node: DictConfig | None) -> dict[str, Any]:
     """Return the node as built-in types with interpolations resolved: libraries cannot write a ListConfig to JSON.
 

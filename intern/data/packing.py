@@ -7,6 +7,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from intern.data.files import cache_errors
+
 
 def keeps_rows_apart(args: SFTConfig) -> bool:
     """Whether a batch is one long row with boundaries in it, as SFTTrainer decides it ("padding-free")."""
@@ -17,14 +19,20 @@ def pack(rows: Dataset, args: SFTConfig) -> Dataset:
     """What SFTTrainer makes of the rows before it trains: packs with packing (input_ids, labels, seq_lengths), else the rows themselves.
 
     The result lies in the datasets cache under the key that the trainer asks for, so training finds it there.
+
+    Raises:
+        RunError: the cache cannot be written.
     """
     if not args.packing:
         return rows
     rows = rows.select_columns(["input_ids", "labels"])
     if args.shuffle_dataset:
         rows = rows.shuffle(seed=args.seed)
-    packs = pack_dataset(rows, int(args.max_length or 0), args.packing_strategy, {"num_proc": args.dataset_num_proc})
-    return packs.shuffle(seed=args.seed) if args.shuffle_dataset else packs
+    with cache_errors():
+        packs = pack_dataset(
+            rows, int(args.max_length or 0), args.packing_strategy, {"num_proc": args.dataset_num_proc}
+        )
+        return packs.shuffle(seed=args.seed) if args.shuffle_dataset else packs
 
 
 def build_collator(args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForLanguageModeling:

@@ -253,10 +253,15 @@ def _tidy(axes: Axes) -> None:
 
 def _save(figure: Figure, target: Path) -> None:
     draft = target.with_name(f".{target.name}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # letters that the font lacks are drawn as boxes
-        figure.savefig(draft, format="png")
-    draft.replace(target)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Glyph .* missing"
+            )  # letters that the font lacks are drawn as boxes
+            figure.savefig(draft, format="png")
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)  # cut short by a full disk
 
 
 def labels(names: Sequence[str], most: int) -> list[str]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from intern.display.text import visible
+from intern.display.text import markdown_text, visible, without_tags
 
 _TEXT, _HEADING = 16, 12  # characters: longer words of texts and headings may be broken, numbers never
 
@@ -38,13 +38,16 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) 
         widths = _column_widths(columns, rows, texts, console.width)
         for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
             table.add_column(
-                visible(column), justify="left" if index < texts else "right", overflow="fold", width=width
+                Text(visible(column)), justify="left" if index < texts else "right", overflow="fold", width=width
             )
         for row in rows:
             table.add_row(*(Text(visible(cell)) for cell in row))  # Text: a path may look like rich's markup
         console.print(table)
         return
-    sys.stdout.write(markdown(columns, rows, texts))
+    escaped = [
+        [(markdown_text if index < texts else without_tags)(cell) for index, cell in enumerate(row)] for row in rows
+    ]
+    sys.stdout.write(markdown([without_tags(column) for column in columns], escaped, texts))
 
 
 def terminal_table(
@@ -58,7 +61,7 @@ def terminal_table(
     """
     table = Table(box=box.SIMPLE_HEAD)
     for column, is_text in zip(columns, _are_texts(columns, texts, last_is_text), strict=True):
-        table.add_column(column, justify="left" if is_text else "right", overflow="fold")
+        table.add_column(Text(visible(column)), justify="left" if is_text else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
     return table

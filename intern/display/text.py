@@ -1,5 +1,6 @@
 """Untrusted text -> text that is only shown: no escape sequence, formula or Markdown in it takes effect."""
 
+import json
 import re
 import unicodedata
 
@@ -21,6 +22,28 @@ def visible(text: str) -> str:
     return "".join(_escape(c) if c in _BIDI or unicodedata.category(c) in _HIDDEN else c for c in text)
 
 
+def in_lines(text: str) -> str:
+    """Return the text with control characters as escapes, except line breaks and tabs.
+
+    Args:
+        text: an answer, a traceback, a message of several lines.
+    """
+    return "".join(c if c in "\n\t" else visible(c) for c in text.replace("\r\n", "\n"))
+
+
+def json_text(encoded: str) -> str:
+    """Return encoded JSON with escapes for what JSON lets through: DEL, C1 and characters that change the order of others.
+
+    Args:
+        encoded: the result of json.dumps, which means the same afterwards.
+    """
+    if encoded.isascii() and "\x7f" not in encoded:
+        return encoded
+    return "".join(
+        c if c == "\n" or visible(c) == c else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in encoded
+    )
+
+
 def printable(text: str) -> str:
     """Return the text with escapes for characters that control a terminal. Line breaks stay."""
     return "".join(_escape(c) if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c != "\n" else c for c in text)
@@ -37,6 +60,12 @@ def markdown_text(text: str) -> str:
     """
     escaped = _MARKDOWN.sub(lambda match: f"\\{match[0]}", visible(text))
     return _LINKS.sub(lambda match: f"\\{match[0]}", escaped.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def without_tags(text: str) -> str:
+    """Return Markdown in which no image, link or tag begins; code and emphasis, as our own messages have them, stay."""
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("](", "]\\(")
+    return _LINKS.sub(lambda match: f"\\{match[0]}", escaped)
 
 
 def spreadsheet_cell(value: object) -> object:

@@ -1,6 +1,7 @@
 """Two models and a golden file -> their answers and scores, in a folder that a later start with the same inputs continues."""
 
 import gc
+import hashlib
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ from datasets import Dataset
 from omegaconf import DictConfig
 
 from intern.config.build import build, plain
+from intern.config.secrets import from_environment, storable
 from intern.data.files import DataFile
 from intern.data.prepare import golden_rows
 from intern.errors import UserError
@@ -68,6 +70,7 @@ def evaluate(cfg: DictConfig, run: Run, against: Run | None) -> Evaluation:
         RunError: a model whose loss is NaN or infinite.
     """
     refusal = _check_options(cfg)
+    settings = storable(cfg)
     stored = run.read_config()
     sides = build_sides(run, against, cfg.context, cfg.base_model)
     found = golden_rows(plain(stored.data), cfg.eval_file, any(side.with_context for side in sides))
@@ -104,12 +107,8 @@ def evaluate(cfg: DictConfig, run: Run, against: Run | None) -> Evaluation:
         overlap=overlap,
         speed={side.name: _speed(made) for side, made in zip(sides, (before, after), strict=True)},
         settings={
-            "generation": plain(cfg.generation),
-            "batch_size": cfg.batch_size,
-            "seed": cfg.seed,
-            "resamples": cfg.resamples,
-            "refusal_pattern": cfg.refusal_pattern,
-            "judge": {"url": cfg.judge.url, "model": cfg.judge.model} if judge is not None else None,
+            **{name: settings[name] for name in ("generation", "batch_size", "seed", "resamples", "refusal_pattern")},
+            "judge": {name: settings["judge"][name] for name in ("url", "model")} if judge is not None else None,
         },
         losses_comparable=comparable,
     )
@@ -202,17 +201,20 @@ def _predictions(
     inputs = {
         "form": _FORM,
         "rows": file.sha256,
-        "generation": plain(cfg.generation),
+        "generation": storable(cfg)["generation"],
         "batch_size": cfg.batch_size,
         "seed": cfg.seed,
         "models": [fingerprint(side) for side in sides],
         "versions": {name: version(name) for name in _LIBRARIES},
     }
+    if from_environment(cfg):  # what was meant decides the answers, and is not stored itself
+        inputs["environment"] = hashlib.sha256(json.dumps(plain(cfg.generation)).encode()).hexdigest()
     done = Predictions(folder, json.loads(json.dumps(inputs)))
     numbers = list(golden["row"])
     for run in dict.fromkeys(side.run for side in sides):
         missing = [side for side in sides if side.run == run and done.of(side.name, numbers) is None]
         if missing:
+            done.begin()
             _answer(cfg, run, missing, golden, done)
     done.put_in_order([side.name for side in sides])
     made = [done.of(side.name, numbers) for side in sides]

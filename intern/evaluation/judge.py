@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -22,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _VERDICTS = {"CORRECT": 1.0, "PARTLY": 0.5, "WRONG": 0.0}
 _VERDICT = re.compile(r"\W*(CORRECT|PARTLY|WRONG)\b")
+_VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # temporary: worth a retry
 _LONGEST_PAUSE = 30.0  # seconds before a retry
 _ASK = """Compare an answer with the reference answer to the same question. CORRECT: it says what the reference says and contradicts it \
@@ -63,10 +63,14 @@ class Judge:
         Raises:
             UserError: url is not an HTTP address, model is missing, or a number is out of range.
         """
-        if config.url and _holds_secret(config.url):
+        if config.url and ("@" in config.url or "?" in config.url):  # whatever its form: nothing of it is shown
             raise UserError(
                 "judge.url: holds a password or key, which would be stored and logged: put the key into an environment variable "
                 "and name it with judge.key_variable"
+            )
+        if not _VARIABLE.fullmatch(config.key_variable):
+            raise UserError(
+                "judge.key_variable: give the name of an environment variable that holds the key, not the key itself"
             )
         if not config.url or not config.url.startswith(("http://", "https://")):
             raise UserError(f"judge.url={config.url}: give an http(s) address such as http://localhost:8000/v1")
@@ -164,11 +168,3 @@ def _verdict(response: httpx.Response) -> float | None:
         return None
     found = _VERDICT.match(text) if isinstance(text, str) else None
     return _VERDICTS[found[1]] if found else None
-
-
-def _holds_secret(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # such as an unclosed bracket; the server's address is checked when it is asked
-        return False
-    return "@" in parts.netloc or bool(parts.query)

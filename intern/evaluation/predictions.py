@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from intern.display.text import json_text
 from intern.errors import RunError
+from intern.runs.files import replace_file, write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,22 +57,28 @@ class Predictions:
         before = None
         with contextlib.suppress(OSError, ValueError):
             before = json.loads(stored.read_text(encoding="utf-8"))
-        (folder / "metrics.json").unlink(
-            missing_ok=True
-        )  # a metrics.json promises that the predictions next to it are complete
         if before == inputs:
             self._known = {(one.model, one.row): one for one in _read(self.path)}
-        else:
-            if self.path.exists():
-                log.warning("%s: made from other inputs, starting again", self.path)
+            self._write(self._known.values())
+            return
+        if self.path.exists():
+            log.warning("%s: made from other inputs, starting again", self.path)
+        with replace_file(stored, folder) as file:
+            file.write((json.dumps(inputs, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+            file.flush()
+            # There is room for the new file: only now what it replaces is removed, the predictions before their inputs.
+            (folder / "metrics.json").unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
-            stored.write_text(json.dumps(inputs, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        self._write(self._known.values())
+        self._write([])
 
     def of(self, model: str, rows: Sequence[int]) -> list[Prediction] | None:
         """Return one model's predictions for these rows, in their order; None if one is missing."""
         found = [self._known.get((model, row)) for row in rows]
         return [one for one in found if one is not None] if None not in found else None
+
+    def begin(self) -> None:
+        """Remove the metrics of an earlier start before predictions are added: they promise that those next to them are complete."""
+        (self.path.parent / "metrics.json").unlink(missing_ok=True)
 
     def add(self, batch: Sequence[Prediction]) -> None:
         """Append a whole batch. A batch that a kill cuts short is answered again as the same batch, so the scores stay the same."""
@@ -83,13 +91,11 @@ class Predictions:
         self._write(sorted(self._known.values(), key=lambda one: (one.row, models.index(one.model))))
 
     def _write(self, predictions: Iterable[Prediction]) -> None:
-        draft = self.path.with_name(f".{self.path.name}")
-        draft.write_text("".join(_line(one) for one in predictions), encoding="utf-8")
-        draft.replace(self.path)
+        write_text(self.path, self.path.parent, "".join(_line(one) for one in predictions))
 
 
 def _line(prediction: Prediction) -> str:
-    return json.dumps(asdict(prediction), ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(json.dumps(asdict(prediction), ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def _read(path: Path) -> list[Prediction]:

@@ -8,11 +8,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from intern.display.table import markdown
-from intern.display.text import markdown_text, visible
+from intern.display.text import in_lines, markdown_text
 from intern.evaluation.bootstrap import FEW_MARK
 from intern.evaluation.evaluate import Evaluation
 from intern.evaluation.report_plots import draw_plots
 from intern.evaluation.report_view import build_view
+from intern.runs.files import write_text
 
 
 def write_report(evaluation: Evaluation) -> None:
@@ -28,15 +29,13 @@ def write_report(evaluation: Evaluation) -> None:
     )
     images = {path.stem: Markup(base64.b64encode(path.read_bytes()).decode()) for path in plots}
     html = environment.get_template("report.html.jinja").render(images=images, **view)
-    (evaluation.folder / "report.html").write_text(html, encoding="utf-8")
-    (evaluation.folder / "report.md").write_text(_markdown(view, plots), encoding="utf-8")
+    write_text(evaluation.folder / "report.html", evaluation.folder, html)
+    write_text(evaluation.folder / "report.md", evaluation.folder, _markdown(view, plots))
 
 
 def _without_control_characters(value: Any) -> Any:
     """Show the control characters of texts as escapes, except line breaks and tabs, which the page shows as such."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return "".join(c if c in "\n\t" else visible(c) for c in value.replace("\r\n", "\n"))
+    return in_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _markdown(view: dict[str, Any], plots: list[Path]) -> str:

@@ -1,6 +1,7 @@
 """Compared runs -> compare.csv, compare.md and the plots."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from intern.evaluation.metrics import Place, metrics_at
 from intern.evaluation.run_reader import FinishedRun, as_number, columns
 from intern.evaluation.run_report import others, quality, table
 from intern.evaluation.run_table import Runs, shown_keys
+from intern.runs.files import write_text
 
 _MOST_CURVES = 12
 _LONGEST_HISTORY = 2**24  # bytes of history.jsonl that are drawn; 60,000 log steps
@@ -39,7 +41,7 @@ def write_overview(runs: Runs, folder: Path, said: list[str], sort_by: str) -> N
     parts += [f"![{plot.stem}]({plot.name})\n" for plot in plots]
     if runs.others:
         parts.append("## Not compared\n\n" + _escaped_table(*others(runs), texts=3))
-    (folder / "compare.md").write_text("\n".join(parts), encoding="utf-8")
+    write_text(folder / "compare.md", folder, "\n".join(parts))
 
 
 def _escaped_table(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
@@ -49,23 +51,24 @@ def _escaped_table(headings: Sequence[str], rows: Sequence[Sequence[str]], texts
 
 def _write_csv(runs: Runs, target: Path) -> None:
     keys, measured = shown_keys(runs), metrics_at(Place.COMPARE)
-    with target.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
 
-        def write(cells: Sequence[object]) -> None:
-            writer.writerow([spreadsheet_cell(cell) for cell in cells])
+    def write(cells: Sequence[object]) -> None:
+        writer.writerow([spreadsheet_cell(cell) for cell in cells])
 
-        ends = [f"{name}_{end}" for name in measured for end in ("low", "high")]
-        write(["run", "path", "state", "best", *keys, *columns(), *ends, "gpu", "measured_on"])
-        group_names = {id(one): group.name for group in runs.groups for one in group.runs}
-        for one in runs.finished:
-            bounds = [bound for name in measured for bound in one.bounds.get(name, (None, None))]
-            values = [one.values.get(name) for name in columns()]
-            config = [one.config.get(key) for key in keys]
-            start = [one.name, str(one.run.path), "finished", runs.is_best(one)]
-            write([*start, *config, *values, *bounds, one.gpu, group_names[id(one)]])
-        for other in runs.others:
-            write([other.name, str(other.path), other.reason, False])
+    ends = [f"{name}_{end}" for name in measured for end in ("low", "high")]
+    write(["run", "path", "state", "best", *keys, *columns(), *ends, "gpu", "measured_on"])
+    group_names = {id(one): group.name for group in runs.groups for one in group.runs}
+    for one in runs.finished:
+        bounds = [bound for name in measured for bound in one.bounds.get(name, (None, None))]
+        values = [one.values.get(name) for name in columns()]
+        config = [one.config.get(key) for key in keys]
+        start = [one.name, str(one.run.path), "finished", runs.is_best(one)]
+        write([*start, *config, *values, *bounds, one.gpu, group_names[id(one)]])
+    for other in runs.others:
+        write([other.name, str(other.path), other.reason, False])
+    write_text(target, target.parent, text.getvalue())
 
 
 def _draw(runs: Runs, folder: Path) -> list[Path]:
@@ -83,14 +86,18 @@ def _draw(runs: Runs, folder: Path) -> list[Path]:
     way = "higher" if columns()[runs.best_by].higher_is_better else "lower"
     label = f"{quality(runs)} ({way} is better)"
     plots = {name: folder / f"{name}.png" for name in ("score_by_rank", "loss_curves", "quality_by_memory")}
-    for plot in plots.values():
-        plot.unlink(missing_ok=True)  # of an earlier start
+    drawn_now: list[Path] = []
+
+    def draws(name: str) -> Path:
+        drawn_now.append(plots[name])
+        return plots[name]
+
     by_rank = [point for point in points("lora.r") if point[0] > 0]
     if len({x for x, *_ in by_rank}) > 1:
-        plot_points(by_rank, "rank (lora.r)", label, plots["score_by_rank"], doubling=True)
+        plot_points(by_rank, "rank (lora.r)", label, draws("score_by_rank"), doubling=True)
     by_memory = points("peak_memory_gib")
     if len({x for x, *_ in by_memory}) > 1:
-        plot_points(by_memory, "peak memory (GiB)", label, plots["quality_by_memory"])
+        plot_points(by_memory, "peak memory (GiB)", label, draws("quality_by_memory"))
     bests = [group.best for group in runs.ranked if group.best is not None]
     drawn = list(dict.fromkeys([*bests, *runs.finished]))[:_MOST_CURVES]
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -100,8 +107,11 @@ def _draw(runs: Runs, folder: Path) -> list[Path]:
             curves[name] = curve
             best_label = name if one is runs.best else best_label
     if curves:
-        plot_curves(curves, best_label, plots["loss_curves"])
-    return [plot for plot in plots.values() if plot.is_file()]
+        plot_curves(curves, best_label, draws("loss_curves"))
+    for plot in plots.values():
+        if plot not in drawn_now:
+            plot.unlink(missing_ok=True)  # of an earlier start
+    return [plot for plot in plots.values() if plot in drawn_now]
 
 
 def _curve(one: FinishedRun) -> list[tuple[float, float]]:

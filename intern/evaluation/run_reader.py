@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intern.config.secrets import MASK, is_secret_name, masked
 from intern.display.table import Column
 from intern.errors import UserError
 from intern.evaluation.bootstrap import FEW
@@ -195,7 +196,9 @@ def _flat(node: dict[Any, Any], before: str) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             yield from _flat(value, f"{before}{key}.")
         else:
-            yield f"{before}{key}", " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            is_hidden = is_secret_name(str(key)) and value is not None
+            yield f"{before}{key}", MASK if is_hidden else masked(text)  # runs of earlier versions may hold credentials
 
 
 def as_number(text: str | None) -> float | None:
@@ -237,4 +240,10 @@ def _overrides(folder: Path) -> list[str]:
     except UserError:
         return []
     items = (line[2:].strip() for line in text.splitlines() if line.startswith("- "))
-    return [item[1:-1].replace("''", "'") if item[:1] == item[-1:] == "'" else item for item in items]
+    texts = (item[1:-1].replace("''", "'") if item[:1] == item[-1:] == "'" else item for item in items)
+    return [_masked_override(text) for text in texts]
+
+
+def _masked_override(text: str) -> str:
+    key, sign, _ = text.partition("=")
+    return f"{key}{sign}{MASK}" if is_secret_name(key) else masked(text)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from intern.display.table import markdown
-from intern.display.text import printable
+from intern.display.text import json_text, printable, without_tags
 from intern.errors import RunError
 
 Status = Literal["green", "amber", "red"]
@@ -56,7 +56,7 @@ def as_json(checks: Sequence[Check]) -> str:
         "verdict": verdict(checks),
         "checks": [asdict(check) for check in checks],
     }
-    return json.dumps(content, indent=2, ensure_ascii=False)
+    return json_text(json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def show_checks(checks: Sequence[Check], console: Console) -> None:
@@ -82,4 +82,4 @@ def show_checks(checks: Sequence[Check], console: Console) -> None:
 
 
 def _folded(text: str) -> str:
-    return " ".join(printable(text).split())
+    return without_tags(" ".join(printable(text).split()))

@@ -11,6 +11,7 @@ from intern.data.packing import pack
 from intern.data.tokenize import Tokenized
 from intern.display.plot import plot_lengths
 from intern.display.progress import progress_bars
+from intern.display.text import visible
 from intern.errors import UserError
 from intern.inspection.check import Check, show_checks
 from intern.inspection.duplicate_checks import check_duplicates, check_leaks
@@ -19,6 +20,7 @@ from intern.inspection.preview_display import Preview, page, plain_rows, show_ro
 from intern.inspection.preview_rows import PreviewData, row_index, shown_batch, shown_row
 from intern.inspection.token_checks import Lengths, check_fit, check_packing, check_tokens
 from intern.runs.directory import Run
+from intern.runs.files import write_text
 from intern.training.plan import PlanPieces
 from intern.upstream import route_messages
 
@@ -46,12 +48,12 @@ def examine(cfg: DictConfig, console: Console) -> list[Check]:
         sys.stdout.write(plain_rows(preview))
     show_checks(preview.checks, console)
     if cfg.html:
-        target = Path(cfg.html)
+        target = Path(cfg.html).expanduser()
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page(preview, f"Preview of {data.train_file.path.name}"), encoding="utf-8")
+        write_text(target, target.parent, page(preview, f"Preview of {data.train_file.path.name}"))
     for path in (cfg.lengths, cfg.html):
         if path:
-            sys.stderr.write(f"wrote {path}\n")
+            sys.stderr.write(f"wrote {visible(str(path))}\n")
     return preview.checks
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from intern.data.prompt import IGNORED, Kind, Token
 from intern.display.table import markdown, terminal_table
-from intern.display.text import printable
+from intern.display.text import json_text, printable
 from intern.inspection.check import Check
 
 # For each kind two backgrounds, so that neighboring tokens can be told apart, and what it is.
@@ -118,7 +118,7 @@ def show_rows(preview: Preview, console: Console) -> None:
     console.print(legend)
     for row in preview.rows:
         console.print()
-        console.print(Text.assemble((row.title, "bold"), "  ", row.note))
+        console.print(Text.assemble((printable(row.title), "bold"), "  ", printable(row.note)))
         text = Text()
         for place, piece in enumerate(row.pieces):
             style = f"{'bold ' if piece.loss else ''}{'strike ' if piece.cut else ''}white on {_COLORS[piece.color][place % 2]}"
@@ -126,7 +126,7 @@ def show_rows(preview: Preview, console: Console) -> None:
         console.print(text)
     if preview.batch is not None:
         console.print()
-        console.print(Text(preview.batch.title, "bold"))
+        console.print(Text(printable(preview.batch.title), "bold"))
         console.print(terminal_table(_BATCH_COLUMNS, map(_cells, preview.batch.segments), texts=0, last_is_text=True))
     console.print()
     console.print(terminal_table(_STATISTICS_COLUMNS, preview.statistics))
@@ -226,7 +226,7 @@ def _cells(segment: Segment) -> tuple[str, str, str, str, str]:
 def _json(text: str) -> str:
     """Return the text as a JSON string without terminal escapes: JSON itself lets DEL, C1 and invisible characters through."""
     quoted = json.dumps(text, ensure_ascii=False)
-    return "".join(json.dumps(c)[1:-1] if printable(c) != c else c for c in quoted)
+    return json_text("".join(json.dumps(c)[1:-1] if printable(c) != c else c for c in quoted))
 
 
 def _visible(text: str) -> str:

@@ -13,6 +13,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from intern.config.build import literal
+from intern.config.secrets import storable
+from intern.display.text import json_text
 from intern.errors import UserError
 from intern.paths import CONF_DIR
 from intern.runs.checkpoints import examine_all
@@ -114,12 +117,12 @@ class Run:
                 draft.unlink()
 
     def write_config(self, cfg: DictConfig) -> None:
-        """Write the configuration with every interpolation resolved."""
-        self.write_text(self.config, OmegaConf.to_yaml(cfg, resolve=True))
+        """Write the configuration with every interpolation resolved, except for texts from the environment."""
+        self.write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(literal(storable(cfg))), resolve=True))
 
     def write_json(self, path: Path, content: dict[str, Any]) -> None:
         """Write one JSON object, complete or not at all."""
-        self.write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        self.write_text(path, json_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)) + "\n")
 
     def write_text(self, path: Path, text: str) -> None:
         """Write a text file of the run, complete or not at all, and never through a link. Folders around it are created.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from intern.config.secrets import masked
 from intern.data.files import DataFile
 from intern.paths import PROJECT
 from intern.units import GIB
@@ -41,7 +42,7 @@ def describe(files: list[DataFile]) -> dict[str, Any]:
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "git": _git(),
         "data": {str(file.path): file.sha256 for file in files},
-        "command": sys.argv,
+        "command": [masked(argument) for argument in sys.argv],
     }
 
 

@@ -1,18 +1,16 @@
 """What made a run fail: disks that are full or read-only in one line, and failure.json for whoever restarts it."""
 
 import contextlib
-import errno
-import os
 import shlex
 import shutil
 from collections.abc import Iterator
 
+from intern.config.secrets import masked
 from intern.errors import BusyError, RunError, UserError, one_line
 from intern.runs.directory import Run
+from intern.runs.disk import unwritable
 from intern.runs.files import remove_file
 from intern.units import GIB
-
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager
@@ -21,12 +19,12 @@ def explain_disk_errors(run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # libraries wrap the system's error in errors of their own
-        reason = _unwritable(error)
-        if reason is None:
+        found = None if isinstance(error, UserError | RunError) else unwritable(error)
+        if found is None:
             raise
         free = shutil.disk_usage(run.path).free / GIB
         raise RunError(
-            f"{run.path}: {reason} ({free:.1f} GiB are free there): free some space or fix that; what was written is kept, "
+            f"{run.path}: {found[1]} ({free:.1f} GiB are free there): free some space or fix that; what was written is kept, "
             f"and python -m intern.train {shlex.quote(f'resume={run.path}')} resumes from the last checkpoint"
         ) from error
 
@@ -44,8 +42,8 @@ def record_failure(run: Run) -> Iterator[None]:
     except Exception as error:  # of any kind: it is raised again for the command to show
         failure = {
             "exit_code": 2 if isinstance(error, UserError) else 1,
-            "error": one_line(error),
-            "begins_anew": not isinstance(error, UserError) and _unwritable(error) is None,
+            "error": masked(one_line(error)),
+            "begins_anew": not isinstance(error, UserError) and unwritable(error) is None,
         }
         if not run.finished:
             with contextlib.suppress(OSError, UserError):  # a full disk may be the reason
@@ -62,18 +60,3 @@ def discard_failed_attempt(run: Run) -> None:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     for file in (run.history, run.environment):  # the latter has the id of the tracker's run, which has failed
         remove_file(file, run.path)
-
-
-def _unwritable(error: BaseException) -> str | None:
-    """Return the system's reason, from the chain of errors that libraries made of it; None if the error is about something else."""
-    current: BaseException | None = error
-    while current is not None:
-        if isinstance(current, OSError) and current.errno in _UNWRITABLE:
-            return os.strerror(current.errno or 0)
-        for number in _UNWRITABLE:  # safetensors and torch keep only the text
-            if not isinstance(current, UserError | RunError) and f"(os error {number})" in str(current):
-                return os.strerror(number)
-        if "PytorchStreamWriter failed writing" in str(current):
-            return os.strerror(errno.ENOSPC)
-        current = current.__cause__ or current.__context__
-    return None

@@ -153,15 +153,17 @@ def replace_file(path: Path, root: Path) -> Iterator[BinaryIO]:
     with _parent(path, root) as folder:
         with contextlib.suppress(FileNotFoundError):
             _check_kind(path, os.stat(path.name, dir_fd=folder, follow_symlinks=False))
-        with contextlib.suppress(FileNotFoundError):  # left by a killed process with this number
-            os.unlink(draft.name, dir_fd=folder)
         try:
+            with contextlib.suppress(FileNotFoundError):  # left by a killed process with this number
+                os.unlink(draft.name, dir_fd=folder)
             with os.fdopen(_open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CALM, folder), "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(draft.name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.filename in (None, draft.name):
+                error.filename = str(path)  # what a message should name
             with contextlib.suppress(OSError):
                 os.unlink(draft.name, dir_fd=folder)
             raise

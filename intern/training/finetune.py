@@ -16,7 +16,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from intern.config.build import literal_text, plain
+from intern.config.build import literal_text
+from intern.config.secrets import from_environment, storable
 from intern.display.progress import progress_bars
 from intern.errors import RunError, UserError
 from intern.inference.losses import answer_losses
@@ -83,7 +84,7 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None, begin: Callabl
         environment = _environment(run, plan, sweep, checkpoint)
         begin()  # from here on nothing is refused any more
         run_id, sweep = environment["run_id"], environment["sweep"]
-        tracked = TrackedRun(run, plain(cfg), run_id, sweep, step=step_of(checkpoint))
+        tracked = TrackedRun(run, storable(cfg), run_id, sweep, step=step_of(checkpoint))
         trackers = stack.enter_context(track(plan.logger, tracked))
         _write_start(run, cfg, plan, environment, history, unusable)
         model, metrics = _train(base, run, plan, trackers, checkpoint)
@@ -129,6 +130,7 @@ def _check_start(run: Run, cfg: DictConfig, plan: TrainingPlan) -> None:
 def _environment(run: Run, plan: TrainingPlan, sweep: str | None, checkpoint: Path | None) -> dict[str, Any]:
     """Return what environment.json will hold. A run that resumes keeps its id and its sweep."""
     environment = {"run_id": uuid.uuid4().hex[:12], "sweep": sweep, "run_dir": str(run.path)} | describe(plan.files)
+    environment["from_environment"] = sorted(from_environment(cfg))
     if checkpoint is not None:
         before = run.read_json(run.environment)
         warn_if_environment_changed(before, environment)

@@ -186,9 +186,11 @@ class PlanPieces:
     @piece
     def value_rules(self) -> None:
         """The rules that the values must keep (intern/training/rules.py)."""
+        from intern.config.secrets import check_environment
         from intern.training.rules import check_values
 
         check_values(self.values)
+        check_environment(self.cfg)
 
     @piece
     def logger(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A stopped run -> the same run, resumed: its own configuration, and what may differ from it."""
 
 import logging
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from intern.config.build import plain
+from intern.config.secrets import from_environment, storable
 from intern.data.settings import with_defaults
 from intern.errors import UserError
 from intern.runs.checkpoints import Checkpoint, Kind, examine_all
@@ -36,18 +38,29 @@ def resumed_config(run: Run, composed: DictConfig, overrides: Sequence[str]) -> 
         overrides: those of the command line, such as "trainer.max_steps=300".
 
     Raises:
-        UserError: an override that would change what is trained.
+        UserError: an override that would change what is trained, or one that is missing: a value from the environment is not stored.
     """
     cfg = run.read_config()
+    expressions = from_environment(composed)
+    environment = run.read_json(run.environment) if run.has(run.environment) else {}
+    missing = [key for key in map(str, environment.get("from_environment") or []) if key not in expressions]
     for text in overrides:
         key = text.partition("=")[0].lstrip("+~")
         if key == "resume":
+            continue
+        if key in expressions and expressions[key] == OmegaConf.select(cfg, key):
+            OmegaConf.update(cfg, key, expressions[key])  # an expression again, which is stored as such again
             continue
         value = OmegaConf.select(composed, key)
         is_choice = "." not in key and key != "seed"  # an option of a group changes many keys at once
         if key not in MAY_CHANGE and (is_choice or value != OmegaConf.select(cfg, key)):
             raise UserError(_refusal(key, run))
         OmegaConf.update(cfg, key, value, force_add=True)
+    if missing:
+        key, value = missing[0], OmegaConf.select(cfg, missing[0])
+        raise UserError(
+            f"{key}: was read from the environment, so its value is not stored: give {shlex.quote(f'{key}={value}')} again"
+        )
     return cfg
 
 
@@ -62,20 +75,21 @@ def check_same(cfg: DictConfig, run: Run, data: dict[str, str]) -> None:
     Raises:
         UserError: something else differs than `MAY_CHANGE`.
     """
-    ours, theirs = _flat(cfg), _flat(run.read_config())
+    ours, theirs = _flat(plain(cfg)), _flat(plain(run.read_config()))
+    stored = _flat(storable(cfg))
     keys = (ours.keys() | theirs.keys()) - MAY_CHANGE.keys()
     # A value that follows another key (lora_alpha = 2 r) differs only because that one does: the other key is the one to name.
     for key in sorted(keys, key=lambda key: (_is_derived(cfg, key), key)):
-        if ours.get(key) != theirs.get(key):
+        if theirs.get(key) not in (ours.get(key), stored.get(key)):
             raise UserError(_refusal(key, run))
     most, before = ours["trainer.max_steps"], theirs["trainer.max_steps"]
     if 0 < most < before or most < 0 < before:
         raise UserError(
             f"trainer.max_steps={most}: {run.path} was started with {before}, and can only be trained longer"
         )
-    stored = run.read_json(run.environment)["data"]
+    known = run.read_json(run.environment)["data"]
     for path, sha256 in data.items():
-        if stored.get(path) != sha256:
+        if known.get(path) != sha256:
             raise UserError(f"{path} has changed since {run.path} was started: choose another hydra.run.dir")
 
 
@@ -162,9 +176,8 @@ def _refusal(key: str, run: Run) -> str:
     )
 
 
-def _flat(cfg: DictConfig) -> dict[str, Any]:
+def _flat(groups: dict[str, Any]) -> dict[str, Any]:
     """Return {"lora.r": 16, ...} for a configuration of groups."""
-    groups = plain(cfg)
     groups["data"] = with_defaults(groups["data"])  # a run that is older than a key has its default
     return {
         f"{group}.{key}" if key else group: value

@@ -247,6 +247,11 @@ class InternTrainer(SFTTrainer):
             )
         super()._load_best_model()
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Run the library's, without its pickled arguments: they hold values that config.yaml leaves unresolved, and nothing reads them."""
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or str(self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card: the run directory itself says what was trained on what."""
 

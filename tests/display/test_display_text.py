@@ -1,12 +1,13 @@
 """Untrusted text in terminals, Markdown and spreadsheets: it is shown and has no effect."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
-from intern.display.table import least_width, markdown, natural_width
-from intern.display.text import markdown_text, spreadsheet_cell, visible
+from intern.display.table import least_width, markdown, natural_width, show, terminal_table
+from intern.display.text import in_lines, json_text, markdown_text, spreadsheet_cell, visible, without_tags
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,45 @@ def test_widths_are_those_that_a_terminal_draws():
         table.add_row(*row)
     assert natural_width(columns, rows) == Console(file=io.StringIO(), width=200).measure(table).maximum
     assert least_width(columns, rows) == len("│ name │ [0.400,0.600] │")
+
+
+@pytest.mark.parametrize("text", ["a\nb\tc", "x\x1b[2Jy\r\nz", "\x9b1m", "\u202eabc", "می\u200cخواهم", "\x07\x7f"])
+def test_lines_of_a_text_stay_and_nothing_in_them_commands_a_terminal(text):
+    shown = in_lines(text)
+    assert not set(shown) & {"\x1b", "\x9b", "\u202e", "\x07", "\x7f", "\r"}
+    assert shown.count("\n") == text.count("\n") and shown.count("\u200c") == text.count("\u200c")
+
+
+def test_json_has_no_raw_control_characters_and_means_the_same():
+    value = {"name\x9b": "a\x7f\x1b\u202e\u2028\ud800é図", "lines": ["x\ny"]}
+    encoded = json_text(json.dumps(value, ensure_ascii=False, indent=1))
+    assert json.loads(encoded) == value and "é図" in encoded
+    assert not set(encoded) & {"\x7f", "\x9b", "\x1b", "\u202e", "\u2028", "\ud800"}
+
+
+def test_own_messages_keep_their_code_and_lose_tags():
+    shown = without_tags("run `wandb login` for <img src=x> ![a](http://b) [c](http://d) & www.e.org")
+    assert shown == "run `wandb login` for &lt;img src=x> ![a]\\(http:\\//b) [c]\\(http:\\//d) &amp; www\\.e.org"
+
+
+def test_a_table_in_a_pipe_shows_names_and_values_without_their_effect(capsys):
+    show(["run", "[red]a.<img>"], [["<img src=x>`|\n", "![p](http://x)"]])
+    assert capsys.readouterr().out == (
+        "| run | [red]a.&lt;img> |\n| --- | ---: |\n| &lt;img src=x>\\`\\|\\\\n | ![p]\\(http:\\//x) |\n"
+    )
+
+
+def test_headings_are_no_markup_of_the_terminal():
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor")
+    console.print(terminal_table(["[link=http://x]a[/link]", "b\x1b]0;t"], [["[red]c", "d\x9b"]]))
+    drawn = console.file.getvalue()
+    assert "[link=http://x]a[/link]" in drawn and "[red]c" in drawn and "\x1b]8" not in drawn and "\x1b]0" not in drawn
+
+
+def test_an_answer_has_its_own_characters_except_in_a_terminal(monkeypatch):
+    from intern.query import _shown
+
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert _shown("a\x1b[2J\nb") == "a\x1b[2J\nb"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert _shown("a\x1b[2J\nb\t\u202e") == "a\\x1b[2J\nb\t\\u202e"

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from intern.data.files import DataFile, read_rows
 from intern.errors import RunError, UserError
 from intern.evaluation.contamination import find_overlap
-from intern.evaluation.disk import explain_disk_errors
 from intern.evaluation.evaluate import as_json, evaluate
 from intern.evaluation.metrics import METRICS, Answer, Metric, Place, mean_score, training_metrics
 from intern.evaluation.predictions import Predictions
@@ -30,6 +29,7 @@ from intern.inference.answer import Intern
 from intern.inference.losses import answer_losses
 from intern.paths import CONF_DIR
 from intern.runs.directory import Run
+from intern.runs.disk import explain_disk_errors
 
 HOSTILE = (
     "<script>alert('x')</script> ![p](http://example.org/p.png) | [l](javascript:x) <img src=x onerror=y> & `c` $\\x$"

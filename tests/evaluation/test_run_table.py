@@ -7,7 +7,7 @@ import re
 import sys
 
 import pytest
-from helpers import command
+from helpers import command, made
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -18,31 +18,6 @@ from intern.evaluation.run_table import given_paths, read_runs, shown_keys
 from intern.evaluation.run_terminal import show_runs
 from intern.runs.directory import Run
 from intern.runs.find import resolve
-
-
-def made(path, eval_loss=1.0, rank=8, rate=0.001, evaluation=None, data="golden", **extra):
-    """A finished run as intern.train leaves one, without its weights."""
-    path.mkdir(parents=True)
-    run = Run(path)
-    config = {
-        "seed": 1,
-        "lora": {"r": rank, "target_modules": ["q_proj", "v_proj"]},
-        "trainer": {"learning_rate": rate},
-    }
-    run.write_config(OmegaConf.merge(OmegaConf.create(config | {"data": {"eval_file": "/g"}}), OmegaConf.create(extra)))
-    metrics = {"train_loss": 2.0, "tokens_per_second": 900.0, "trainable_parameters": 1000 * rank}
-    metrics |= {"peak_host_rss_gib": 1 + rank / 100, "train_seconds": 60.5}
-    run.write_json(run.metrics, metrics | ({"eval_loss": eval_loss} if eval_loss is not None else {}))
-    run.write_json(run.environment, {"data": {"/g": data}, "gpu": None})
-    for step in (2, 4):
-        run.append_history({"step": step, "optimizer_steps": step, "loss": 3.0 / step})
-    if evaluation is not None:
-        folder = run.evaluation / "golden_test_set"
-        folder.mkdir(parents=True)
-        after = {"value": evaluation, "low": evaluation - 0.1, "high": evaluation + 0.1}
-        group = {"name": "all", "scores": {"token_f1": {"rows": 100, "before": after, "after": after}}}
-        (folder / "metrics.json").write_text(json.dumps({"file_sha256": "g", "groups": [group]}))
-    return path
 
 
 @pytest.fixture

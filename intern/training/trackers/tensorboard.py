@@ -2,12 +2,14 @@
 
 import importlib.util
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from intern.config.build import build
+from intern.display.text import markdown_text
 from intern.errors import UserError
 from intern.training.trackers import TrackedRun
 
@@ -75,11 +77,17 @@ def open_tracker(settings: Settings, tracked: TrackedRun) -> TensorBoardTracker:
     # TensorBoard hides what was logged from this step on before the run stopped: it is logged again.
     purged = tracked.step + 1 if tracked.step else None
     writer = SummaryWriter(log_dir=str(folder), purge_step=purged, flush_secs=settings.flush_secs)
-    writer.add_text("configuration", f"```yaml\n{yaml.safe_dump(tracked.config, sort_keys=False)}```", tracked.step)
+    writer.add_text("configuration", _code(yaml.safe_dump(tracked.config, sort_keys=False)), tracked.step)
     log.info("TensorBoard: tensorboard --logdir %s", folder)
     return TensorBoardTracker(writer)
 
 
 def _cell(text: str) -> str:
     """Return text as it can be in a cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
+    return markdown_text(" ".join(text.split())).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """Return YAML as a block of Markdown that nothing in it ends."""
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
+    return f"{fence}yaml\n{text}{fence}"
