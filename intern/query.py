@@ -5,7 +5,9 @@ import sys
 from omegaconf import DictConfig
 
 from intern.cli.command import command
+from intern.data.history import read_history
 from intern.errors import UserError
+from intern.inference.generation import check_generation
 from intern.model.preload import importing
 from intern.runs.find import resolve
 
@@ -14,17 +16,19 @@ from intern.runs.find import resolve
 def main(cfg: DictConfig) -> None:
     """Answers a question with a finished run."""
     run = resolve(cfg.run_dir)
+    check_generation(cfg.generation)
+    history = read_history(cfg.history)
     with importing(run.read_config_to_load()):
         from intern.inference.answer import Intern  # heavy: keeps --help and a wrong run_dir fast
 
     intern = Intern(run, cfg.generation, cfg.base_model)
     if cfg.question is not None:
-        sys.stdout.write(intern.answer(str(cfg.question), cfg.context) + "\n")
+        sys.stdout.write(intern.answer(str(cfg.question), cfg.context, history) + "\n")
         return
     sys.stderr.write(f"{run.path}: ask a question; Ctrl-D ends\n")
     while question := _ask():
         try:
-            for piece in intern.stream(question, cfg.context):
+            for piece in intern.stream(question, cfg.context, history):
                 sys.stdout.write(piece)
                 sys.stdout.flush()
             sys.stdout.write("\n")
