@@ -57,6 +57,8 @@ WORDS = frozenset(
         "hydra.sweep.dir",
         "lengths",
         "logger.name",
+        "lora.exclude_modules",
+        "lora.target_modules",
         "logger.project",
         "model.pretrained_model_name_or_path",
         "model.quantized_cache",
@@ -68,8 +70,19 @@ WORDS = frozenset(
         "train_file",
     }
 )
-_LISTS = {"data.eval_file", "data.train_file", "generation.stop_strings"}  # may hold several: [a,b]
-_SWEPT = ("data.", "model.", "logger.")  # groups whose keys a sweep may give several values, separated by commas
+_LISTS = {
+    "data.eval_file",
+    "data.train_file",
+    "generation.stop_strings",
+    "lora.exclude_modules",
+    "lora.target_modules",
+}  # may hold several: [a,b]
+_SWEPT = (
+    "data.",
+    "model.",
+    "logger.",
+    "lora.",
+)  # groups whose keys a sweep may give several values, separated by commas
 _INTERPOLATED = {"hydra.run.dir", "hydra.sweep.dir", "model.quantized_cache"}  # ${now:...} is Hydra's in these
 _NO_NAME = (int, float, type(None))  # values of an override that name no option
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
