@@ -45,6 +45,7 @@ WORDS = frozenset(
         "against",
         "base_model",
         "context",
+        "data.chat_template",
         "data.eval_file",
         "data.system_prompt",
         "data.train_file",

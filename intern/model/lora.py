@@ -12,7 +12,6 @@ from intern.config.build import build, plain
 from intern.errors import UserError
 from intern.runs.adapter import changes_base
 
-
 _NEED_DATA = ("eva", "corda", "lora_ga")  # values of init_lora_weights that PEFT computes from activations or gradients
 
 

@@ -293,8 +293,12 @@ class PlanPieces:
 
     @piece
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The base model's tokenizer."""
-        return self.base.tokenizer()
+        """The base model's tokenizer, with the one chat template that is trained."""
+        from intern.data.chat_template import choose_template
+
+        tokenizer = self.base.tokenizer()
+        choose_template(tokenizer, self.data.chat_template)
+        return tokenizer
 
     @piece
     def shape(self) -> "Shape":
