@@ -1,8 +1,11 @@
-"""Errors that a user can mend: shown as one line, without a traceback."""
+"""Errors that a user can fix: shown as one line, without a traceback."""
 
 
 class UserError(ValueError):
     """Bad input. The message names the key, file or row, what is wrong with it and the remedy, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\n", "\\n"))  # a value that it shows may be text of several lines
 
 
 class BusyError(UserError):

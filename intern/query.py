@@ -6,8 +6,10 @@ from omegaconf import DictConfig
 
 from intern.cli.command import command
 from intern.cli.messages import say
+from intern.data.history import read_history
 from intern.display.text import in_lines
 from intern.errors import UserError
+from intern.inference.generation import check_generation
 from intern.model.preload import importing
 from intern.runs.find import resolve
 
@@ -16,17 +18,19 @@ from intern.runs.find import resolve
 def main(cfg: DictConfig) -> None:
     """Answers a question with a finished run."""
     run = resolve(cfg.run_dir)
+    check_generation(cfg.generation)
+    history = read_history(cfg.history)
     with importing(run.read_config_to_load()):
         from intern.inference.answer import Intern  # heavy: keeps --help and a wrong run_dir fast
 
     intern = Intern(run, cfg.generation, cfg.base_model)
     if cfg.question is not None:
-        sys.stdout.write(_shown(intern.answer(str(cfg.question), cfg.context)) + "\n")
+        sys.stdout.write(_shown(intern.answer(str(cfg.question), cfg.context, history)) + "\n")
         return
     say(f"{run.path}: ask a question; Ctrl-D ends")
     while question := _ask():
         try:
-            for piece in intern.stream(question, cfg.context):
+            for piece in intern.stream(question, cfg.context, history):
                 sys.stdout.write(_shown(piece))
                 sys.stdout.flush()
             sys.stdout.write("\n")

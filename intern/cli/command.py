@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -48,16 +49,21 @@ WORDS = frozenset(
         "against",
         "base_model",
         "context",
+        "data.chat_template",
         "data.eval_file",
         "data.system_prompt",
         "data.train_file",
         "eval_file",
+        "generation.stop_strings",
         "harness.include_path",
+        "history",
         "html",
         "hydra.run.dir",
         "hydra.sweep.dir",
         "lengths",
         "logger.name",
+        "lora.exclude_modules",
+        "lora.target_modules",
         "logger.project",
         "model.pretrained_model_name_or_path",
         "model.quantized_cache",
@@ -69,9 +75,21 @@ WORDS = frozenset(
         "train_file",
     }
 )
-_LISTS = {"data.eval_file", "data.train_file"}  # may hold several: [a,b]
-_SWEPT = ("data.", "model.", "logger.")  # groups whose keys a sweep may give several values, separated by commas
+_LISTS = {
+    "data.eval_file",
+    "data.train_file",
+    "generation.stop_strings",
+    "lora.exclude_modules",
+    "lora.target_modules",
+}  # may hold several: [a,b]
+_SWEPT = (
+    "data.",
+    "model.",
+    "logger.",
+    "lora.",
+)  # groups whose keys a sweep may give several values, separated by commas
 _INTERPOLATED = {"hydra.run.dir", "hydra.sweep.dir", "model.quantized_cache"}  # ${now:...} is Hydra's in these
+_NO_NAME = (int, float, type(None))  # values of an override that name no option
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _ROOM = "free some space or make it writable, then run the same command again"
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -125,6 +143,7 @@ def command(
             logging.raiseExceptions = False
             try:
                 refuse_arguments(sys.argv[1:])
+                check_groups(sys.argv[1:])
                 sys.argv[1:] = prepare(literal(sys.argv[1:], words))
                 with _full_errors("1"):  # Hydra raises its own errors instead of printing them
                     job()
@@ -183,6 +202,19 @@ def _literal(argument: str, words: Collection[str], sweeps: bool) -> str:
     return f"{key}={_as_text(value, keep_interpolations=name in _INTERPOLATED)}"
 
 
+def check_groups(arguments: Sequence[str]) -> None:
+    """Raise UserError for a group that is given null or a number: Hydra would end with a traceback."""
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        group = key.lstrip("+").partition("@")[0]
+        if not sign or not re.fullmatch(r"[a-z_]+(/[a-z_]+)?", group):
+            continue
+        options = sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml"))
+        names = [yaml.safe_load(name) for name in value.split(",") if re.fullmatch(r"[\w.+-]*", name)]
+        if options and any(isinstance(name, _NO_NAME) for name in names):
+            raise UserError(f"{group}={value}: must name one of the options in conf/{group}/: {', '.join(options)}")
+
+
 def quoted(key: str, value: str) -> str:
     """Return `key=value` as an override whose value is exactly these characters."""
     return f"{key}={_as_text(value)}"
@@ -227,11 +259,12 @@ def _composition_fault(error: Exception) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ConfigKeyError | ConfigAttributeError):
         cause = cause.__cause__
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        near = difflib.get_close_matches(name, error.options, n=1)
+    if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        options = sorted(error.options or (file.stem for file in (CONF_DIR / group).glob("*.yaml")))
+        near = difflib.get_close_matches(name, options, n=1)
         hint = f"did you mean {group}={near[0]}? " if near else ""
-        return f"{group}={name}: no such option; {hint}conf/{group}/ has {', '.join(sorted(error.options))}"
+        return f"{group}={name}: no such option; {hint}conf/{group}/ has {', '.join(options)}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
         group, _, key = str(cause.full_key).rpartition(".")
         said = unknown(key, [str(name) for name in cause.parent_node], group)

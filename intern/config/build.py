@@ -59,10 +59,13 @@ def build(cls: type[T], values: dict[str, Any], group: str) -> T:
     try:
         built = TypeAdapter(cls).validate_python(values) if _is_plain_dataclass(cls) else cls(**values)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
+        faults = error.errors(include_url=False)
+        fault = faults[0]
         key = ".".join([group, *(str(part) for part in fault["loc"][:1])])
         value = f"={fault['input']!r}" if fault["loc"] and fault["type"] != "missing" else ""
-        raise UserError(f"{key}{value}: {_complaint(fault)}") from error
+        # A key that takes several kinds has a fault for each of them.
+        kinds = dict.fromkeys(_complaint(one) for one in faults if one["loc"][:1] == fault["loc"][:1])
+        raise UserError(f"{key}{value}: {', or '.join(kinds)}") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{group}: {' '.join(str(error).split())}") from error
     for (
@@ -73,19 +76,36 @@ def build(cls: type[T], values: dict[str, Any], group: str) -> T:
             raise UserError(
                 f"{group}.{key}={value!r}: is text, but a number, true or false is expected: remove the quotes"
             )
+        if isinstance(value, bool) and type(getattr(built, key, None)) in (int, float):
+            raise UserError(f"{group}.{key}={str(value).lower()}: must be a number, not true or false")
     return built
 
 
 def _complaint(fault: Mapping[str, Any]) -> str:
     """Return pydantic's finding in our words."""
     kind = str(fault["type"]).split("_")[0]
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "a list"}
+    if fault["type"] == "finite_number":
+        return "must be a finite number"
+    if fault["type"] in ("string_too_short", "too_short"):
+        return "must not be empty"
     if kind in words:
         return f"must be {words[kind]}"
     if kind == "missing":
         return "is missing"
     text = " ".join(str(fault["msg"]).removeprefix("Value error, ").split())
-    return text.replace("Input should be", "must be")
+    for theirs, ours in _RANGES:
+        text = text.replace(theirs, ours)
+    return text
+
+
+_RANGES = (
+    ("Input should be", "must be"),
+    ("greater than or equal to", "at least"),
+    ("less than or equal to", "at most"),
+    ("greater than", "above"),
+    ("less than", "below"),
+)
 
 
 def check_names(values: Iterable[str], known: Iterable[str], group: str = "") -> None:

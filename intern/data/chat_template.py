@@ -9,11 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from intern.data.row_tokens import token_ids
 from intern.errors import UserError
+from intern.paths import find
 
 log = logging.getLogger(__name__)
 
 # Unicode private-use characters as placeholders: they are rendered alone, never together with a user's text.
 SYSTEM, USER, ANSWER, NEXT = ("\ue000system\ue000", "\ue000user\ue000", "\ue000answer\ue000", "\ue000next\ue000")
+TEMPLATE_FILE = ".jinja"  # ends the name of a file with a chat template
+_DEFAULT = "default"  # transformers' name of the template that is used without a name
 _THINKING = "enable_thinking"  # the variable with which templates of thinking models switch it off
 
 Messages = Sequence[tuple[str, str]]  # (role, content)
@@ -80,6 +83,46 @@ class Renderer:
             return ""
 
 
+def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> None:
+    """Give a tokenizer one chat template: only this one is trained, asked, and stored in the run.
+
+    Args:
+        tokenizer: the model's; some have several templates by name (additional_chat_templates/, or a list in tokenizer_config.json).
+        wanted: data.chat_template: a name, or a file that ends in .jinja; None for the default one.
+
+    Raises:
+        UserError: no such template or file, or several of which none is the default.
+    """
+    if wanted is not None and wanted.endswith(TEMPLATE_FILE):
+        file = find(wanted)
+        if file is None:
+            raise UserError(
+                f"data.chat_template={wanted}: no such file, neither in the working directory nor in the project"
+            )
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"data.chat_template={wanted}: cannot be read ({type(error).__name__})") from error
+        return
+    found = tokenizer.chat_template
+    templates: Mapping[str, str] = found if isinstance(found, dict) else {_DEFAULT: found} if found else {}
+    name = _DEFAULT if wanted is None else wanted
+    if name in templates:
+        if len(templates) > 1:
+            others = ", ".join(sorted(set(templates) - {name}))
+            log.info("chat template: %s (data.chat_template=... takes another: %s)", name, others)
+        tokenizer.chat_template = templates[name]
+    elif wanted is not None:
+        has = f"it has {', '.join(sorted(templates))}" if templates else "it has none"
+        raise UserError(
+            f"data.chat_template={wanted}: the tokenizer has no such template; {has}, and a file ends in {TEMPLATE_FILE}"
+        )
+    elif templates:
+        raise UserError(
+            f"data.chat_template: the tokenizer has several and no default: choose one of {', '.join(sorted(templates))}"
+        )
+
+
 def build_renderer(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> Renderer:
     """The renderer of a tokenizer's chat template, with content in the form that shows the user's text.
 
@@ -88,7 +131,9 @@ def build_renderer(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
     """
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {name} has no chat template: take an Instruct model")
+        raise UserError(
+            f"the tokenizer of {name} has no chat template: take an Instruct model, or give data.chat_template=FILE.jinja"
+        )
     question: Messages = [("user", USER), ("assistant", ANSWER)]
     for takes_lists in (False, True):
         renderer = Renderer(tokenizer, kwargs, takes_lists)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from intern.config.build import build
+from intern.data.chat_template import TEMPLATE_FILE
 from intern.data.files import DataFile
 from intern.data.formats import AUTO
 from intern.data.prompt import Prompt
@@ -14,6 +15,7 @@ from intern.data.settings import DataConfig, resolved
 from intern.data.sources import RowSet, Source, absolute, locate, read_sources
 from intern.data.split import hold_out
 from intern.data.tokenize import Tokenized, tokenize
+from intern.paths import find
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Prepared:
         }
         if self.data.weights is not None:  # one weight per entry, whatever a glob has become
             values["train_file"] = [absolute(name) for name in self.data.train_files]
+        if self.data.chat_template is not None and self.data.chat_template.endswith(TEMPLATE_FILE):
+            values["chat_template"] = str(find(self.data.chat_template))
         return values
 
 

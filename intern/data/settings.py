@@ -24,6 +24,7 @@ class DataConfig:
     sample: dict[str, str] | None = None  # what "auto" means for the sample's own training file
     format: str = AUTO
     columns: dict[str, str] | None = None
+    chat_template: str | None = None
     template_kwargs: dict[str, Any] | None = None
     loss_on: LossOn = "all"
     eval_share: float = 0.0

@@ -26,6 +26,7 @@ from intern.evaluation.lm_eval_tasks import check_tasks
 from intern.evaluation.predictions import Prediction, Predictions, predict
 from intern.evaluation.scores import Group, Row, RowScores, score_groups, score_rows
 from intern.evaluation.sides import Side, build_sides, fingerprint
+from intern.inference.generation import check_generation
 from intern.model.preload import importing
 from intern.runs.directory import SCHEMA_VERSION, Run
 
@@ -159,6 +160,7 @@ def _check_options(cfg: DictConfig) -> re.Pattern[str]:
         raise UserError(f"seed={cfg.seed}: seed must be a whole number of at least 0")
     if cfg.context not in _CONTEXTS:
         raise UserError(f"context={cfg.context}: must be never, always, or null (as the run was trained)")
+    check_generation(cfg.generation)
     check_tasks(plain(cfg.harness))
     try:
         return re.compile(cfg.refusal_pattern, re.IGNORECASE)

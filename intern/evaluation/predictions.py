@@ -133,7 +133,7 @@ def predict(
     from rich.progress import track
 
     from intern.data.tokenize import turns
-    from intern.inference.generate import answer_text, generate_ids
+    from intern.inference.generate import generate
     from intern.inference.losses import answer_losses
 
     questions, references, numbers = (list(golden[column]) for column in ("question", "answer", "row"))
@@ -172,7 +172,7 @@ def predict(
         torch.manual_seed(seed + number)  # so sampled answers are the same after an interruption
         start = time.perf_counter()
         replies = list(
-            generate_ids(
+            generate(
                 intern.model,
                 intern.tokenizer,
                 intern.prompt,
@@ -190,13 +190,13 @@ def predict(
                 Prediction(
                     model=name,
                     row=numbers[index],
-                    answer=answer_text(intern.tokenizer, ids),
-                    ended=ended,
-                    tokens=len(ids),
+                    answer=reply.text,
+                    ended=reply.ended,
+                    tokens=reply.tokens,
                     loss=losses[index][0] if index in losses else None,
                     loss_tokens=losses[index][1] if index in losses else 0,
                     seconds=round(seconds, 4),
                 )
-                for index, (ids, ended) in zip(batch, replies, strict=True)
+                for index, reply in zip(batch, replies, strict=True)
             ]
         )

@@ -11,9 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStreamer
 
+from intern.data.history import read_history
 from intern.data.prompt import Prompt
 from intern.errors import UserError
-from intern.inference.generate import build_generation, generate
+from intern.inference.generate import Reply, generate, hold_back, positions_of
+from intern.inference.generation import check_generation
 from intern.model.base import Base
 from intern.model.precision import plan_inference
 from intern.model.quant import build_quant
@@ -42,6 +44,7 @@ class Intern:
             UserError: a file of the run or its base model cannot be read, or a key of `generation` is wrong.
         """
         route_messages()
+        asked = check_generation(generation)
         cfg = run.read_config_to_load()
         place = f"{run.config}: " if model is None else ""
         if model is not None:
@@ -58,13 +61,14 @@ class Intern:
             raise UserError(f"{place}{error}") from error
         lora = check_tensors(lora, base.skeleton, run.adapter)
         _tell_where_from(run, cfg)
+        asked.check_model(positions_of(base.config), base.embeddings)
         self.precision = plan_inference(quant.compute_dtype if quant is not None else None)
         check_fit(base, quant, self.precision)
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 run.adapter, trust_remote_code=False, local_files_only=True
             )
-            self.generation = build_generation(generation, self.prompt, self.tokenizer)
+            self.generation = asked.config(self.prompt, self.tokenizer)
             base_model = base.load(quant, self.precision)
             self.model = PeftModel.from_pretrained(base_model, str(run.adapter), config=lora).eval()
         except Exception as error:  # of a file that is not as it should be, tokenizers and PEFT raise whatever comes
@@ -72,32 +76,67 @@ class Intern:
                 raise
             raise UserError(f"{run.adapter}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error
 
-    def answer(self, question: str, context: str | None = None) -> str:
-        """The answer to one question, with its material where the run was trained with material."""
-        self.prompt.check_question(question, context)
-        [(answer, _)] = generate(self.model, self.tokenizer, self.prompt, self.generation, [question], [context])
-        return answer
+    def answer(self, question: str, context: str | None = None, history: Any = None) -> str:
+        """The answer to one question.
 
-    def stream(self, question: str, context: str | None = None) -> Iterator[str]:
-        """The same answer, piece by piece as it is made."""
-        self.prompt.check_question(question, context)
+        Args:
+            question: the last question.
+            context: its material, if the run was trained with material.
+            history: what was said before it, as intern.data.history.read_history takes it: a file, or a list of messages or of
+                (question, answer) pairs.
+
+        Raises:
+            UserError: an empty question, one that is too long for the model, or a history that cannot be read.
+        """
+        [reply] = self._replies(question, context, history)
+        return reply.text
+
+    def stream(self, question: str, context: str | None = None, history: Any = None) -> Iterator[str]:
+        """The same answer as `answer`, in parts, as it is made; in one part with beam search, which knows it only at the end."""
+        if (self.generation.num_beams or 1) > 1:
+            yield self.answer(question, context, history)
+            return
         pieces = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        asked = (self.model, self.tokenizer, self.prompt, self.generation, [question], [context])
         failures: list[BaseException] = []
 
         def work() -> None:
             try:
-                list(generate(*asked, streamer=pieces))
-            except BaseException as error:  # raised again where somebody waits for the answer
+                self._replies(question, context, history, pieces)
+            except BaseException as error:  # raised again for the caller, who waits for the answer
                 failures.append(error)
                 pieces.end()
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        yield from pieces
+        yield from hold_back(pieces, self.generation.stop_strings or [])
         thread.join()
         if failures:
             raise failures[0]
+
+    def _replies(self, question: str, context: str | None, history: Any, streamer: Any = None) -> list[Reply]:
+        self.prompt.check_question(question, context)
+        before = read_history(history)
+        replies = list(
+            generate(
+                self.model,
+                self.tokenizer,
+                self.prompt,
+                self.generation,
+                [question],
+                [context],
+                streamer=streamer,
+                histories=[before.turns],
+                systems=[before.system],
+            )
+        )
+        if cut := sum(reply.context_tokens_cut for reply in replies):
+            log.warning(
+                "context: its last %s tokens were cut, so that the question and an answer of generation.max_new_tokens=%d fit into the "
+                "model's positions",
+                f"{cut:,}",
+                self.generation.max_new_tokens,
+            )
+        return replies
 
 
 def _tell_where_from(run: Run, cfg: DictConfig) -> None:
@@ -111,13 +150,15 @@ def _tell_where_from(run: Run, cfg: DictConfig) -> None:
         )
 
 
-def query_intern(question: str, run_dir: str | Path = "latest", context: str | None = None) -> str:
+def query_intern(question: str, run_dir: str | Path = "latest", context: str | None = None, history: Any = None) -> str:
     """Answers a question with a finished run, loaded at the first call and kept for the next ones.
 
     Args:
         question: as a person would ask it.
         run_dir: a run, "latest", "best", or a sweep (its best job).
-        context: material for this question, where the run was trained with data.context=always or mixed.
+        context: material for this question, if the run was trained with data.context=always or mixed.
+        history: what was said before it: a list of (question, answer) pairs or of {"role": ..., "content": ...} messages, or the path of a
+            JSON or JSON Lines file with such a list.
 
     Returns:
         The answer alone.
@@ -126,7 +167,7 @@ def query_intern(question: str, run_dir: str | Path = "latest", context: str | N
         UserError: there is no such run, or it cannot be asked this way.
     """
     run = resolve(run_dir)
-    return _loaded(run, run.metrics.stat().st_mtime_ns).answer(question, context)
+    return _loaded(run, run.metrics.stat().st_mtime_ns).answer(question, context, history)
 
 
 @functools.lru_cache(maxsize=1)

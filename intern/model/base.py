@@ -3,15 +3,17 @@
 import functools
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from omegaconf import DictConfig
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -117,6 +119,11 @@ class Base:
             ) from error
         return skeleton
 
+    @property
+    def embeddings(self) -> int:
+        """How many tokens the model has embeddings for; its tokenizer may have fewer."""
+        return cast(nn.Embedding, self.skeleton.get_input_embeddings()).num_embeddings
+
     def parameters(self) -> int:
         """Return the number of weights, counted without loading them."""
         return self.skeleton.num_parameters()
@@ -157,6 +164,8 @@ class Base:
             for layer in used.layers(model):
                 used.finish(layer, precision.dtype)
         model.config.use_cache = True
+        # Answers depend on conf/generation alone: generate() would take every key that is not given from the model's own file.
+        model.generation_config = GenerationConfig()
         return model
 
     def _attention(self, longest: int | None) -> str | None:

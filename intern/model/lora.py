@@ -1,7 +1,7 @@
 """conf/lora -> peft.LoraConfig."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from omegaconf import DictConfig
@@ -12,6 +12,8 @@ from intern.config.build import build, plain
 from intern.errors import UserError
 from intern.runs.adapter import changes_base
 
+_NEED_DATA = ("eva", "corda", "lora_ga")  # values of init_lora_weights that PEFT computes from activations or gradients
+
 
 def build_lora(node: DictConfig) -> LoraConfig:
     """Return the adapter's configuration.
@@ -19,7 +21,19 @@ def build_lora(node: DictConfig) -> LoraConfig:
     Raises:
         UserError: an unknown key, a value of the wrong type, one that PEFT refuses, or one that would change the base model's weights.
     """
-    lora = build(LoraConfig, plain(node), "lora")
+    defaults = {field.name: field.default for field in fields(LoraConfig)}
+    # null means the default where PEFT has no null, and no tokens to train are no key.
+    values = {key: value for key, value in plain(node).items() if value is not None or defaults.get(key, 0) is None}
+    if not values.get("trainable_token_indices", True):
+        del values["trainable_token_indices"]
+    lora = build(LoraConfig, values, "lora")
+    if lora.inference_mode:
+        raise UserError("lora.inference_mode=true: nothing would be trained: leave it out")
+    if lora.init_lora_weights in _NEED_DATA:
+        raise UserError(
+            f"lora.init_lora_weights={lora.init_lora_weights}: needs a pass over the data before training, which is not made here: "
+            "leave it at its default"
+        )
     if (change := changes_base(lora)) is not None:
         raise UserError(
             f"lora.{change}: changes the base model's own weights, which evaluations compare with and other runs share: "

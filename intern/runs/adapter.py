@@ -5,6 +5,9 @@ would change the base itself is refused: "base" in every table is the untouched 
 """
 
 import dataclasses
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +97,41 @@ def check_adapter(folder: Path, root: Path) -> "LoraConfig":
     return _lora(folder, root)
 
 
+def check_readable(lora: "LoraConfig", skeleton: "PreTrainedModel") -> None:
+    """Check before training that a run with this adapter can be asked: its stored configuration passes what loading it checks.
+
+    Args:
+        lora: conf/lora, for this model.
+        skeleton: the base model on the meta device; it is not changed.
+
+    Raises:
+        UserError: names the key of conf/lora.
+    """
+    from peft import LoraConfig
+
+    stored = {key: sorted(value) if isinstance(value, set) else value for key, value in lora.to_dict().items()}
+    place = Path("lora")
+    try:
+        read = read_lora(json.loads(json.dumps(stored)), place)
+        read = without_patterns(read, [name for name, _ in skeleton.named_modules()], place)
+        _implied_tensors(read, skeleton, place)
+        head = _with_adapter(read, skeleton, place).get_output_embeddings()
+        if type(head) is not type(skeleton.get_output_embeddings()):
+            raise UserError(
+                f"{_wrapped_by(head)}: reaches the model's output layer, from whose own weights the loss is computed: leave it out"
+                + (
+                    " (the embeddings are the same tensor)"
+                    if skeleton.config.get_text_config().tie_word_embeddings
+                    else ""
+                )
+            )
+    except UserError as error:
+        message = str(error).removeprefix(f"{place}: ")
+        key = re.match(r"\w*", message)
+        names_key = key is not None and key[0] in {field.name for field in dataclasses.fields(LoraConfig)}
+        raise UserError(f"lora.{message}" if names_key else f"lora: {message}") from error
+
+
 def check_tensors(lora: "LoraConfig", skeleton: "PreTrainedModel", folder: Path) -> "LoraConfig":
     """Check that the adapter's weights are exactly the tensors that its configuration adds to this base model.
 
@@ -154,12 +192,24 @@ def changes_base(lora: "LoraConfig") -> str | None:
 
 
 def _lora(folder: Path, root: Path) -> "LoraConfig":
+    file = folder / _CONFIG
+    return read_lora(json_object(file, root, MIB), file)
+
+
+def read_lora(values: Mapping[str, Any], file: Path) -> "LoraConfig":
+    """Return the LoRA configuration that a stored one describes.
+
+    Args:
+        values: the content of adapter_config.json.
+        file: named in errors.
+
+    Raises:
+        UserError: a key or value that is not needed to answer, or out of range.
+    """
     from peft import LoraConfig  # heavy, and commands that load no model import this module too
 
     from intern.config.build import build
 
-    file = folder / _CONFIG
-    values = json_object(file, root, MIB)
     if values.get("peft_type") != "LORA" or values.get("task_type") != "CAUSAL_LM":
         raise UserError(f"{file}: peft_type must be LORA and task_type CAUSAL_LM")
     for key in _ACTING:
@@ -188,7 +238,7 @@ def _lora(folder: Path, root: Path) -> "LoraConfig":
     if not all(isinstance(one, int | float) and not isinstance(one, bool) and abs(one) < 2**31 for one in numbers):
         raise UserError(f"{file}: r, lora_alpha, rank_pattern and alpha_pattern must hold numbers below 2^31")
     if min([lora.r, *(lora.rank_pattern or {}).values()]) < 1:
-        raise UserError(f"{file}: ranks must be at least 1")
+        raise UserError(f"{file}: r and the ranks of rank_pattern must be at least 1")
     check_patterns(lora, file)
     return lora
 
@@ -199,24 +249,44 @@ def _texts(value: Any) -> list[Any]:
     return [one for one in value if isinstance(one, str)] if isinstance(value, list | dict) else []
 
 
-def _implied_tensors(lora: "LoraConfig", skeleton: "PreTrainedModel", file: Path) -> dict[str, list[int]]:
-    """Return the names and shapes of the tensors that PEFT saves for this configuration, from a model without weights."""
+def _wrapped_by(module: Any) -> str:
+    """The key of conf/lora that has put an adapter around a module."""
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    if isinstance(module, TrainableTokensWrapper):
+        return "trainable_token_indices"
+    return "modules_to_save" if isinstance(module, ModulesToSaveWrapper) else "target_modules"
+
+
+def _with_adapter(lora: "LoraConfig", skeleton: "PreTrainedModel", file: Path) -> Any:
+    """Return a copy of the base model without weights, with the adapter that its configuration describes."""
     import copy
 
     import torch
-    from peft import get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
     try:
         with torch.device("meta"):
             model = get_peft_model(copy.deepcopy(skeleton), dataclasses.replace(lora, init_lora_weights=False))
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
     except Exception as error:  # PEFT raises errors of many kinds for what it cannot build
         raise UserError(f"{file}: does not fit the base model: {' '.join(str(error).split())[:200]}") from error
     for name, layer in model.named_modules():
         for scale in layer.scaling.values() if isinstance(layer, LoraLayer) else ():
             if not (isinstance(scale, int | float) and abs(scale) <= _LARGEST):
                 raise UserError(f"{file}: the scale of {name}, lora_alpha / r, is {scale:g}: refused")
+    return model
+
+
+def _implied_tensors(lora: "LoraConfig", skeleton: "PreTrainedModel", file: Path) -> dict[str, list[int]]:
+    """Return the names and shapes of the tensors that PEFT saves for this configuration."""
+    from peft import get_peft_model_state_dict
+
+    model = _with_adapter(lora, skeleton, file)
+    try:
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    except Exception as error:  # as above
+        raise UserError(f"{file}: does not fit the base model: {' '.join(str(error).split())[:200]}") from error
     return {name: list(tensor.shape) for name, tensor in state.items()}
 
 

@@ -17,7 +17,7 @@ _MOST_FOLDERS = 100_000
 _INSIDE_A_RUN = {"adapter", "checkpoints", "evaluation", "wandb", ".hydra"}
 
 
-def resolve(run_dir: str | Path, root: Path | None = None) -> Run:
+def resolve(run_dir: str | Path | None, root: Path | None = None) -> Run:
     """Return the finished run that the user means.
 
     Args:
@@ -29,6 +29,8 @@ def resolve(run_dir: str | Path, root: Path | None = None) -> Run:
         UserError: there is no such run, or it is unfinished.
     """
     root = root or Path.cwd()
+    if run_dir is None or not str(run_dir).strip():
+        raise UserError(f"run_dir={'null' if run_dir is None else run_dir}: give a run's folder, latest or best")
     if str(run_dir) in ("latest", "best"):
         runs = [run for name in RUN_ROOTS for run in runs_below(root / name)]
         if not runs:
@@ -40,7 +42,7 @@ def resolve(run_dir: str | Path, root: Path | None = None) -> Run:
             if str(run_dir) == "latest"
             else min(runs, key=Run.score)
         )
-    path = Path(run_dir).expanduser()
+    path = Path(str(run_dir)).expanduser()
     path = path if path.is_absolute() else root / path
     if not path.is_dir():
         raise UserError(f"run_dir={run_dir}: no such folder")

@@ -10,8 +10,13 @@ from intern.config.build import build, plain
 from intern.errors import UserError
 from intern.model.precision import Precision
 from intern.runs.directory import Run
+from intern.training.optimizer import check_optimizer
 
 AUTO = "auto"  # a value of trainer.activation_checkpointing and trainer.use_liger_kernel besides true and false
+_UPLOAD = "nothing is uploaded during training: upload the finished adapter/ with hf upload"
+_SAME_PRECISION = "golden rows are scored in the precision of training"
+_ONE_PROCESS = "one process trains on one GPU"
+_ROWS = "set by data: rows arrive as tokens and labels"
 # Keys of SFTConfig that conf/trainer must not set, and what sets them.
 _SET_ELSEWHERE = {
     "output_dir": "set by hydra.run.dir",
@@ -32,6 +37,24 @@ _SET_ELSEWHERE = {
     "trust_remote_code": "code from a model repository is never run",
     "chat_template_path": "set by model: the tokenizer's own",
     "eos_token": "set by model: the tokenizer's own",
+    "push_to_hub": _UPLOAD,
+    "hub_model_id": _UPLOAD,
+    "hub_token": _UPLOAD,
+    "hub_strategy": _UPLOAD,
+    "hub_private_repo": _UPLOAD,
+    "hub_always_push": _UPLOAD,
+    "hub_revision": _UPLOAD,
+    "bf16_full_eval": _SAME_PRECISION,
+    "fp16_full_eval": _SAME_PRECISION,
+    "deepspeed": _ONE_PROCESS,
+    "fsdp": _ONE_PROCESS,
+    "fsdp_config": _ONE_PROCESS,
+    "parallelism_config": _ONE_PROCESS,
+    "local_rank": _ONE_PROCESS,
+    "auto_find_batch_size": "set by trainer.activation_checkpointing=auto, which measures what fits",
+    "label_names": _ROWS,
+    "remove_unused_columns": _ROWS,
+    "dataset_text_field": _ROWS,
     "gradient_checkpointing": "set by trainer.activation_checkpointing, its new name",
     "gradient_checkpointing_kwargs": "set by trainer.activation_checkpointing_kwargs, its new name",
 }
@@ -106,5 +129,6 @@ def build_training_args(node: DictConfig, run: Run, precision: Precision, seed: 
         "dataset_kwargs": {"skip_prepare_dataset": not values.get("packing", False)},
     }
     args = build(SFTConfig, values, "trainer")
+    check_optimizer(args, steps_here=precision.device == "cpu")
     args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU: nn.DataParallel cannot train models that TRL patched
     return args

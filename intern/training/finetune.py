@@ -81,7 +81,7 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None, begin: Callabl
         checkpoint, unusable = choose_checkpoint(run, bool(plan.args.load_best_model_at_end))
         history = history_at(run, checkpoint)
         base = plan.base.load(plan.quant, plan.precision, plan.args.max_length)
-        environment = _environment(run, plan, sweep, checkpoint)
+        environment = _environment(run, cfg, plan, sweep, checkpoint)
         begin()  # from here on nothing is refused any more
         run_id, sweep = environment["run_id"], environment["sweep"]
         tracked = TrackedRun(run, storable(cfg), run_id, sweep, step=step_of(checkpoint))
@@ -127,7 +127,9 @@ def _check_start(run: Run, cfg: DictConfig, plan: TrainingPlan) -> None:
         check_same(cfg, run, {str(file.path): file.sha256 for file in plan.files})
 
 
-def _environment(run: Run, plan: TrainingPlan, sweep: str | None, checkpoint: Path | None) -> dict[str, Any]:
+def _environment(
+    run: Run, cfg: DictConfig, plan: TrainingPlan, sweep: str | None, checkpoint: Path | None
+) -> dict[str, Any]:
     """Return what environment.json will hold. A run that resumes keeps its id and its sweep."""
     environment = {"run_id": uuid.uuid4().hex[:12], "sweep": sweep, "run_dir": str(run.path)} | describe(plan.files)
     environment["from_environment"] = sorted(from_environment(cfg))

@@ -4,7 +4,8 @@ from typing import Any
 
 from intern.data.tokenize import turns
 from intern.evaluation.metrics import Answer, mean_score, training_metrics
-from intern.inference.generate import build_generation, generate
+from intern.inference.generate import generate, positions_of
+from intern.inference.generation import Generation
 from intern.training.plan import TrainingPlan
 
 _MOST_TOKENS = 128  # of an answer
@@ -36,19 +37,33 @@ def answer_golden_questions(model: Any, plan: TrainingPlan, count: int, batch_si
     chosen = rows.select(range(0, len(rows), max(1, len(rows) // count))).select(range(min(count, len(rows))))
     questions = list(chosen["question"])
     materials = list(chosen["chunk_text"]) if plan.prompt.scores_with_material else None
-    generation = build_generation({"max_new_tokens": _MOST_TOKENS, "do_sample": False}, plan.prompt, plan.tokenizer)
+    histories = [turns(history) for history in chosen["history"]]
+    systems = list(chosen["system"])
+    positions = positions_of(plan.base.config)
+    tokens = _MOST_TOKENS if positions is None else min(_MOST_TOKENS, max(1, positions // 4))
+    # A question that leaves no room for an answer gets none: training must not end because of it.
+    fits = plan.prompt.encode(
+        plan.tokenizer,
+        questions,
+        materials=materials,
+        max_length=None if positions is None else positions - tokens,
+        histories=histories,
+        systems=systems,
+    )
+    asked = [index for index, one in enumerate(fits) if one is not None]
     answers = generate(
         model,
         plan.tokenizer,
         plan.prompt,
-        generation,
-        questions,
-        materials,
+        Generation(tokens).config(plan.prompt, plan.tokenizer),
+        [questions[index] for index in asked],
+        [materials[index] for index in asked] if materials is not None else None,
         batch_size,
-        histories=[turns(history) for history in chosen["history"]],
-        systems=list(chosen["system"]),
+        histories=[histories[index] for index in asked],
+        systems=[systems[index] for index in asked],
     )
+    texts = dict(zip(asked, (reply.text for reply in answers), strict=True))
     return [
-        {"question": question, "reference": reference, "answer": answer}
-        for question, reference, (answer, _) in zip(questions, chosen["answer"], answers, strict=True)
+        {"question": question, "reference": reference, "answer": texts.get(index, "")}
+        for index, (question, reference) in enumerate(zip(questions, chosen["answer"], strict=True))
     ]

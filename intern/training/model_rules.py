@@ -68,6 +68,8 @@ def target_modules_are_in_the_model(shape: Shape, lora: LoraConfig) -> str | Non
         kind = str(shape.config.model_type)
         known = kind in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         return None if known else f"lora.target_modules: PEFT has no default for {kind}: use lora=all_linear"
+    if not wanted and not lora.target_parameters:
+        return "lora.target_modules=[]: nothing would be trained: name linear layers, or all-linear"
     modules = dict(shape.model.named_modules())
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Embedding | Conv1D)}
     ends = sorted({path.rsplit(".", 1)[-1] for path in linear})

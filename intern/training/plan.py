@@ -298,8 +298,12 @@ class PlanPieces:
 
     @piece
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The base model's tokenizer."""
-        return self.base.tokenizer()
+        """The base model's tokenizer, with the one chat template that is trained."""
+        from intern.data.chat_template import choose_template
+
+        tokenizer = self.base.tokenizer()
+        choose_template(tokenizer, self.data.chat_template)
+        return tokenizer
 
     @piece
     def shape(self) -> "Shape":
@@ -324,10 +328,13 @@ class PlanPieces:
 
     @piece
     def adapter(self) -> "LoraConfig":
-        """The adapter's configuration for this model: not in the towers of other senses."""
+        """The adapter's configuration for this model: not in the towers of other senses, and such that the run can be asked."""
         from intern.model.lora import limit_to_text
+        from intern.runs.adapter import check_readable
 
-        return limit_to_text(self.lora, self.base.skeleton)
+        lora = limit_to_text(self.lora, self.base.skeleton)
+        check_readable(lora, self.base.skeleton)
+        return lora
 
     @piece
     def attention(self) -> "Attention":

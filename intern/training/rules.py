@@ -51,6 +51,7 @@ RANGES: dict[str, tuple[str, str]] = {
     "trainer.save_total_limit": ("[1, inf)", "a run without checkpoints cannot be resumed"),
     "trainer.label_smoothing_factor": ("[0, 1)", "0 turns it off"),
     "trainer.neftune_noise_alpha": ("[0, inf)", "0 turns it off"),
+    "trainer.pad_to_multiple_of": ("[1, inf)", "leave it out for no padding beyond the longest row"),
     "trainer.dataloader_num_workers": ("[0, inf)", "0 loads rows in the training process"),
     "model.quantized_cache_gib": ("(0, inf)", "model.quantized_cache=null turns the cache off"),
     "data.num_proc": ("[1, inf)", "null chooses by the number of rows"),
@@ -219,9 +220,9 @@ def the_adapter_is_for_a_causal_language_model(cfg: Groups) -> str | None:
 
 
 def the_adapter_names_no_code(cfg: Groups) -> str | None:
-    """No key names code: PEFT's megatron keys import a module by its name."""
-    for key in ("megatron_config", "auto_mapping"):
-        if cfg["lora"].get(key):
+    """No key names code (PEFT's megatron keys import a module by its name), or what 4-bit layers do not have (VeLoRA)."""
+    for key in ("megatron_config", "auto_mapping", "velora_config"):
+        if cfg["lora"].get(key) or (key == "velora_config" and cfg["lora"].get(key) is not None):
             return f"lora.{key}: not supported: leave it out"
     return None
 
@@ -269,7 +270,7 @@ def check_values(cfg: Groups) -> None:
     groups = {name: {} for name in _GROUPS} | {name: value for name, value in cfg.items() if value is not None}
     for rule in OF_VALUES:
         if (complaint := rule(groups)) is not None:
-            raise UserError(complaint.replace("\n", "\\n"))  # a value may be text of several lines
+            raise UserError(complaint)
 
 
 def _top_level() -> set[str]:

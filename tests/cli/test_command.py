@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, command
 
+from intern.cli.command import check_groups
+from intern.errors import UserError
+
 COMMANDS = sorted(path.stem for path in (ROOT / "intern").glob("*.py") if '__name__ == "__main__"' in path.read_text())
 
 
@@ -63,3 +66,15 @@ def test_a_log_file_on_a_full_disk_does_not_bury_the_error(tmp_path):
 def test_hydras_full_error_shows_the_traceback():
     done = command("intern.query", "run_dir=nowhere", check=False, HYDRA_FULL_ERROR="1")
     assert "Traceback" in done.stderr and "no such folder" in done.stderr and done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "argument", ["quant=null", "lora=", "trainer=7", "+experiment=null", "hydra/launcher=null", "lora=qkvo,null"]
+)
+def test_a_group_that_is_given_no_name_is_one_line(argument):
+    with pytest.raises(UserError, match=r"must name one of the options in conf/.*: \w+, \w+"):
+        check_groups([argument])
+
+
+def test_groups_and_other_keys_with_values_pass():
+    check_groups(["lora=qkvo", "lora=qkvo,dora", "lora.r=8", "resume=null", "question=7", "-m", "run_dir=", "lora=[a]"])

@@ -13,7 +13,7 @@ from intern.config.build import build
 from intern.data.prompt import Prompt
 from intern.data.settings import DataConfig, resolved
 from intern.errors import UserError
-from intern.inference.generate import build_generation
+from intern.inference.generation import check_generation
 from intern.model.base import Base
 from intern.model.lora import build_lora
 from intern.model.precision import Precision
@@ -112,7 +112,7 @@ def test_every_generation_builds(name):
     tokenizer = base.tokenizer()
     prompt = Prompt.from_tokenizer(tokenizer, "Be brief.", "never")
     node = composed(f"generation={name}", "generation.max_new_tokens=5", name="query").generation
-    generation = build_generation(node, prompt, tokenizer)
+    generation = check_generation(node).config(prompt, tokenizer)
     assert (generation.max_new_tokens, generation.do_sample) == (5, name == "sample")
     assert generation.eos_token_id == list(prompt.stop_ids)
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 from omegaconf import OmegaConf
+from transformers import AutoTokenizer
 
+from intern.data.chat_template import choose_template
 from intern.data.prompt import IGNORED, Prompt
 from intern.errors import UserError
 from intern.model.base import Base
@@ -193,3 +195,60 @@ def test_variables_of_a_template_are_passed_on():
 def test_a_template_that_fails_is_one_line_with_its_reason(template):
     with pytest.raises(UserError, match="refuses a user and an assistant turn"):
         Prompt.from_tokenizer(tokenizer(template), SYSTEM, "never")
+
+
+# --- Tokenizers with several templates ---
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Writes the toy's tokenizer with templates of these names, in the form of a folder or of a list."""
+
+    def write(*names, as_list=False):
+        made = tokenizer("llama3")
+        templates = {name: TEMPLATES["llama3"] + f"{{# {name} #}}" for name in names}
+        made.chat_template = templates
+        made.save_pretrained(tmp_path, save_jinja_files=not as_list)
+        return AutoTokenizer.from_pretrained(tmp_path), templates
+
+    return write
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_one_of_several_templates_is_chosen_and_stored_alone(several, as_list, tmp_path):
+    made, templates = several("default", "rag", as_list=as_list)
+    assert made.chat_template == templates
+    choose_template(made, None)
+    assert made.chat_template == templates["default"]
+    Prompt.from_tokenizer(made, SYSTEM, "never")
+    made.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "additional_chat_templates").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template == templates["default"]
+
+    named, _ = several("default", "rag", as_list=as_list)
+    choose_template(named, "rag")
+    assert named.chat_template == templates["rag"]
+
+
+def test_a_template_that_is_not_there_is_refused_with_those_that_are(several, tmp_path):
+    made, _ = several("rag", "tool_use")
+    with pytest.raises(UserError, match="several and no default: choose one of rag, tool_use"):
+        choose_template(made, None)
+    with pytest.raises(UserError, match=r"data.chat_template=rg: .*it has rag, tool_use"):
+        choose_template(made, "rg")
+    with pytest.raises(UserError, match=r"data.chat_template=nowhere.jinja: no such file"):
+        choose_template(made, "nowhere.jinja")
+
+
+def test_a_tokenizer_without_a_template_takes_one_from_a_file(tmp_path):
+    made = tokenizer("llama3")
+    made.chat_template = None
+    choose_template(made, None)
+    with pytest.raises(UserError, match=r"give data.chat_template=FILE.jinja"):
+        Prompt.from_tokenizer(made, SYSTEM, "never")
+    (tmp_path / "mine.jinja").write_text(TEMPLATES["llama3"])
+    choose_template(made, str(tmp_path / "mine.jinja"))
+    assert (
+        Prompt.from_tokenizer(made, SYSTEM, "never").template
+        == Prompt.from_tokenizer(tokenizer("llama3"), SYSTEM, "never").template
+    )

@@ -10,7 +10,8 @@ from helpers import ROOT, SHORT, command
 from intern import query_intern
 from intern.errors import UserError
 from intern.inference.answer import Intern
-from intern.inference.generate import build_generation, generate
+from intern.inference.generate import Reply, generate
+from intern.inference.generation import check_generation
 from intern.runs.directory import Run
 
 QUESTION = "How much did Uber's gross bookings grow in 2024?"
@@ -77,14 +78,14 @@ def test_an_answer_stops_at_the_end_of_turn(intern):
     import dataclasses
 
     prompt = dataclasses.replace(intern.prompt, stop_ids=(int(logits.argmax()),))
-    generation = build_generation(GREEDY, prompt, intern.tokenizer)
-    assert list(generate(intern.model, intern.tokenizer, prompt, generation, [QUESTION])) == [("", True)]
+    generation = check_generation(GREEDY).config(prompt, intern.tokenizer)
+    assert list(generate(intern.model, intern.tokenizer, prompt, generation, [QUESTION])) == [Reply("", 0, True)]
 
 
 def test_an_answer_that_is_cut_off_is_known_to_be(intern):
-    generation = build_generation({"max_new_tokens": 1, "do_sample": False}, intern.prompt, intern.tokenizer)
-    [(_, ended)] = generate(intern.model, intern.tokenizer, intern.prompt, generation, [QUESTION])
-    assert ended is False
+    generation = check_generation({"max_new_tokens": 1}).config(intern.prompt, intern.tokenizer)
+    [reply] = generate(intern.model, intern.tokenizer, intern.prompt, generation, [QUESTION])
+    assert reply.ended is False
 
 
 def test_answers_do_not_depend_on_their_batch(intern):
