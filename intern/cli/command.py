@@ -58,6 +58,7 @@ WORDS = frozenset(
         "model.pretrained_model_name_or_path",
         "model.quantized_cache",
         "name",
+        "notes",
         "output_dir",
         "question",
         "resume",

@@ -158,7 +158,7 @@ def notes(runs: Runs) -> list[str]:
     if trained := [one.name for one in runs.finished if one.trained_rows]:
         named = ", ".join(trained[:_MOST_NAMED]) + (", ..." if len(trained) > _MOST_NAMED else "")
         found.append(f"Evaluated on rows that they were trained on, among others: {named}.")
-    if len({one.eval_data for one in runs.finished if one.eval_data}) > 1:
+    if len({one.eval_rows.identity for one in runs.finished if one.eval_rows is not None}) > 1:
         found.append("Eval losses were measured on different golden files: they cannot be compared across these.")
     if len({one.evaluated_data for one in runs.finished if one.evaluated_data}) > 1:
         found.append(

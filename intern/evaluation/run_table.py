@@ -93,7 +93,7 @@ def read_runs(paths: Sequence[str], sort_by: str, evaluation: str | None) -> Run
     evaluation = _chosen_evaluation(folders, evaluation)
     shared = Path(os.path.commonpath([folder.parent for folder in folders]))
     read = [read_run(folder, str(folder.relative_to(shared)), evaluation) for folder in folders]
-    finished = [one for one in read if isinstance(one, FinishedRun)]
+    finished = _told_apart([one for one in read if isinstance(one, FinishedRun)], shared)
     keys = sorted({key for one in finished for key in one.config})
     sort_by = _present_name(sort_by)
     if finished and sort_by not in columns() and sort_by not in keys:
@@ -112,6 +112,15 @@ def read_runs(paths: Sequence[str], sort_by: str, evaluation: str | None) -> Run
         evaluation=evaluation,
         differing=_differing(finished, keys),
     )
+
+
+def _told_apart(finished: list[FinishedRun], shared: Path) -> list[FinishedRun]:
+    """Return the runs with their folders after names that several of them have."""
+    counts = Counter(one.name for one in finished)
+    return [
+        replace(one, name=f"{one.name} ({one.run.path.relative_to(shared)})") if counts[one.name] > 1 else one
+        for one in finished
+    ]
 
 
 def shown_keys(runs: Runs) -> list[str]:
@@ -148,9 +157,8 @@ def _measured_on(one: FinishedRun, column: str) -> tuple[str, str | None]:
         return (one.evaluated_file, one.evaluated_data) if column in one.values else ("not evaluated", None)
     if column == "eval_loss" and "eval_loss" not in one.values:
         return "without golden rows", None
-    if column in ("score", "eval_loss") and "eval_loss" in one.values:
-        return Path(one.config.get("data.eval_file", "")).name, one.eval_data
-    return f"training rows of {Path(one.config.get('data.train_file', '')).name}", one.train_data
+    rows = one.eval_rows if column in ("score", "eval_loss") and one.eval_rows is not None else one.train_rows
+    return rows.name, rows.identity and f"{'golden' if rows.golden else 'training'} rows: {rows.identity}"
 
 
 def _mark(number: int) -> str:

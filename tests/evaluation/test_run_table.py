@@ -122,6 +122,21 @@ def test_the_best_run_is_the_one_that_run_dir_takes(sweep, tmp_path, monkeypatch
     assert "run_dir=best" in advice(everything, given_paths(None), everything=True)[1]
 
 
+def test_a_run_is_called_by_its_name_and_two_of_one_name_are_told_apart(sweep):
+    made(sweep / "3", 0.95, name="try", notes="why")
+    assert [one.name for one in read_runs([str(sweep)], "score", None).finished] == ["1", "2", "0", "try"]
+    made(sweep / "4", 0.99, name="try", notes="another reason")
+    runs = read_runs([str(sweep)], "score", None)
+    assert [one.name for one in runs.finished][3:] == ["try (3)", "try (4)"]
+    assert not {"name", "notes"} & set(shown_keys(runs))
+
+
+def test_golden_and_training_losses_on_the_same_file_are_not_ranked_together(tmp_path):
+    made(tmp_path / "a", 0.5)
+    made(tmp_path / "b", None, data={"train_file": "/g"})
+    assert [len(group.runs) for group in read_runs([str(tmp_path)], "score", None).groups] == [1, 1]
+
+
 def test_another_column_sorts_the_better_way_and_chooses_another_best(sweep):
     runs = read_runs([str(sweep)], "token_f1", None)
     assert [one.name for one in runs.finished] == ["0", "1", "2"] and runs.best.name == "0"
