@@ -14,6 +14,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 
 from intern.paths import CONF_DIR
@@ -67,6 +68,24 @@ def train(path, *overrides):
     path.mkdir(parents=True, exist_ok=True)
     run = Run(path)
     finetune(composed(*SHORT, "logger=none", *overrides), run)
+    return run
+
+
+def run_directory(path, loss=None, failure=None, golden="golden", checkpoints=True, **config):
+    """A run directory with a bit of everything that training writes."""
+    path.mkdir(parents=True)
+    run = Run(path)
+    run.write_config(OmegaConf.create({"seed": 1, "lora": {"r": 8}, "data": {"eval_file": f"/{golden}"}, **config}))
+    for file in ("history.jsonl", "train.log", "prompt.json", "run.lock", ".hydra/config.yaml", "adapter/weights"):
+        (path / file).parent.mkdir(exist_ok=True)
+        (path / file).write_text("{}")
+    if checkpoints:
+        (path / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+        (path / "checkpoints" / "checkpoint-2" / "optimizer.pt").write_bytes(b"0" * 5000)
+    if loss is not None:
+        run.write_json(run.metrics, {"schema_version": 1, "train_loss": 2.0, "eval_loss": loss})
+    if failure is not None:
+        run.write_json(run.failure, {"exit_code": 1, "error": failure, "begins_anew": True})
     return run
 
 
@@ -150,7 +169,6 @@ def tiny_trainer(path, quantized=True, dropout=0.0, targets=("q_proj", "v_proj")
     `callbacks` are functions that make a callback for the trainer; `callback_of` finds it afterwards.
     """
     from datasets import Dataset
-    from omegaconf import OmegaConf
     from transformers import BitsAndBytesConfig
     from trl import SFTConfig
 

@@ -16,15 +16,13 @@ from intern.errors import UserError
 from intern.evaluation.bootstrap import FEW
 from intern.evaluation.metrics import Metric, Place, metrics_at
 from intern.runs.directory import Run
-from intern.runs.files import open_file
 from intern.runs.ranking import ScoredRows, scored_rows
+from intern.runs.state import why_unfinished
 from intern.runs.untrusted import json_object, read_text, yaml_mapping
 
 _LARGEST = 1e15  # nothing that training measures is larger
 _MOST_KEYS = 1_000  # of a configuration; a run has about 100
-_LOG_END = 65_536  # bytes at the end of train.log and history.jsonl that are searched for the last error or step
 _OVERRIDES = 65_536  # bytes
-_STEP = re.compile(r'"step": ?(\d{1,12})\b')
 _OF_A_NAME = ("name", "notes")  # keys that change nothing in what is trained
 _DERIVED_SCALE = "lora.scale"
 Bounds = tuple[float | None, float | None]
@@ -97,7 +95,7 @@ def read_run(folder: Path, name: str, evaluation: str | None) -> FinishedRun | O
 
 def _read(run: Run, name: str, evaluation: str | None) -> FinishedRun:
     if not run.finished:
-        raise UserError(_why_unfinished(run))
+        raise UserError(why_unfinished(run))
     nested = yaml_mapping(run.config, run.path)
     config = _config(nested)
     metrics = json_object(run.metrics, run.path)
@@ -204,29 +202,6 @@ def as_number(text: str | None) -> float | None:
     except ValueError:
         return None
     return number if number is not None and abs(number) <= _LARGEST else None
-
-
-def _why_unfinished(run: Run) -> str:
-    """Return the last error in train.log, or how far training came."""
-    lines = _end(run.path / "train.log", run).splitlines()
-    errors = [number for number, line in enumerate(lines) if "[ERROR] " in line]
-    if errors:
-        last = lines[errors[-1] :]
-        if any(line.startswith("Traceback") for line in last):
-            return f"failed: {next((line for line in reversed(last) if line.strip()), '').strip()}"
-        return f"failed: {last[0].split('[ERROR] ', 1)[1].strip()}"
-    steps = _STEP.findall(_end(run.history, run))
-    return f"unfinished: no metrics.json, last step {steps[-1]}" if steps else "unfinished: no metrics.json"
-
-
-def _end(path: Path, run: Run) -> str:
-    """Return the end of a text file of the run; empty if there is none, or it is a link."""
-    try:
-        with open_file(path, run.path) as file:
-            file.seek(max(0, file.seek(0, 2) - _LOG_END))
-            return file.read(_LOG_END).decode("utf-8", errors="replace")
-    except (OSError, UserError):
-        return ""
 
 
 def _overrides(folder: Path) -> list[str]:

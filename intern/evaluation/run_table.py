@@ -85,7 +85,7 @@ def read_runs(paths: Sequence[str], sort_by: str, evaluation: str | None) -> Run
     Raises:
         UserError: a path that does not exist, no run at all, no column or key called `sort_by`, or no evaluation of this name.
     """
-    folders = list(dict.fromkeys(folder for path in paths for folder in _find(path)))
+    folders = list(dict.fromkeys(folder for path in paths for folder in run_folders(path)))
     if not folders:
         raise UserError(
             f"runs={','.join(paths) or 'null'}: no run there: train one, or give the folder of a run or a sweep"
@@ -184,8 +184,8 @@ def _present_name(column: str) -> str:
     return next((name for name, metric in METRICS.items() if column and column == metric.former_name), column)
 
 
-def _find(path: str) -> Iterator[Path]:
-    """Yield the run directories at or below a path or glob; nothing below a run is searched."""
+def run_folders(path: str) -> Iterator[Path]:
+    """Yield the run directories at or below a path or glob, finished or not; nothing below a run is searched."""
     given = Path(path).expanduser()
     starts = [given] if given.is_dir() else _matches(path)
     starts = [start for start in starts if start.is_dir()]

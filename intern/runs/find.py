@@ -82,6 +82,26 @@ def resolve_all(run_dir: str | Path, root: Path | None = None) -> list[Run]:
     return runs
 
 
+def find_any(asked: str, root: Path | None = None) -> Run:
+    """Return the run that the user means, finished or not.
+
+    Args:
+        asked: as for `resolve`.
+        root: the folder of outputs/ and multirun/; the working directory by default.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    root = root or Path.cwd()
+    path = root / Path(asked).expanduser()
+    if asked not in ("latest", "best"):
+        named = [] if path.is_dir() else _named(asked, root)
+        run = named[0] if len(named) == 1 else Run(path.resolve())
+        if run.config.is_file() or _is(run.failure) or _is(run.path / "train.log"):
+            return run
+    return resolve(asked, root)
+
+
 def best_of(runs: list[Run], asked: str, root: Path) -> Run:
     """Return the run with the lowest score, if all were scored on the same rows.
 

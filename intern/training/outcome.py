@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,9 +118,7 @@ def next_commands(run: Run, question: str, needs_context: bool) -> list[str]:
     is_short = len(question) <= _LONGEST_QUESTION and visible(question) == question
     asked = _shell_word("question", question if is_short else "...")
     context = " context='...'" if needs_context else ""
-    runs = (
-        "" if path.startswith(("outputs/", "multirun/")) else f" {shlex.quote(f'runs={os.path.dirname(path) or here}')}"
-    )
+    runs = "" if path.startswith(("outputs/", "multirun/")) else f" {shlex.quote(f'runs={Path(path).parent}')}"
     return [
         f"python -m intern.query {name} {asked}{context}",
         f"python -m intern.evaluate {name}",
