@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -50,7 +51,7 @@ class Evaluation:
     losses_comparable: bool  # both tokenizers split the references alike
 
 
-def evaluate(cfg: DictConfig, run: Run, against: Run | None) -> Evaluation:
+def evaluate(cfg: DictConfig, run: Run, against: Run | None, earlier: Sequence[Run] = ()) -> Evaluation:
     """Answer and score a golden file with two models.
 
     Answers are stored batch by batch, so an evaluation that was interrupted continues where it stopped.
@@ -59,6 +60,7 @@ def evaluate(cfg: DictConfig, run: Run, against: Run | None) -> Evaluation:
         cfg: the composed conf/evaluate.yaml.
         run: the run to evaluate.
         against: another run to compare with, None for the run's own base.
+        earlier: runs evaluated before with the same `cfg`: answers of the same base, or of the same other run, are taken from there.
 
     Returns:
         Scores of every row and group; predictions.jsonl is complete in the evaluation's folder.
@@ -77,7 +79,7 @@ def evaluate(cfg: DictConfig, run: Run, against: Run | None) -> Evaluation:
     overlap = find_overlap(run, golden, cfg.train_file)
     folder = _make_folder(cfg, run, against, file)
     judge = _build_judge(cfg.judge, folder)
-    predictions = _predictions(cfg, sides, file, folder, golden)
+    predictions = _predictions(cfg, sides, file, folder, golden, [one.evaluation / folder.name for one in earlier])
     before, after = (score_rows(golden, made, refusal, _verdicts(judge, golden, made)) for made in predictions)
     rows = [
         Row(
@@ -196,7 +198,7 @@ def _verdicts(judge: Judge | None, golden: Dataset, predictions: list[Prediction
 
 
 def _predictions(
-    cfg: DictConfig, sides: tuple[Side, Side], file: DataFile, folder: Path, golden: Dataset
+    cfg: DictConfig, sides: tuple[Side, Side], file: DataFile, folder: Path, golden: Dataset, earlier: list[Path]
 ) -> list[list[Prediction]]:
     """Return the answers of both models; a model is loaded only if some of its answers are missing."""
     inputs = {
@@ -209,6 +211,8 @@ def _predictions(
         "versions": {name: version(name) for name in _LIBRARIES},
     }
     done = Predictions(folder, json.loads(json.dumps(inputs)))
+    for other in earlier:
+        done.take_from(other)
     numbers = list(golden["row"])
     for run in dict.fromkeys(side.run for side in sides):
         missing = [side for side in sides if side.run == run and done.of(side.name, numbers) is None]

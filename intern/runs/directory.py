@@ -253,7 +253,8 @@ class Run:
         except UserError:
             return math.inf
         loss = metrics.get("eval_loss", metrics.get("train_loss"))
-        return float(loss) if isinstance(loss, int | float) and abs(loss) < sys.float_info.max else math.inf
+        is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
+        return float(loss) if is_number and abs(loss) < sys.float_info.max else math.inf
 
 
 def _is_complete(checkpoint: Path, root: Path) -> bool:

@@ -95,7 +95,7 @@ def _rows_of(run: Run) -> ScoredRows:
     contents: list[Mapping[str, Any]] = []
     for read in (run.read_config, lambda: run.read_json(run.environment), lambda: run.read_json(run.metrics)):
         try:
-            contents.append(read())  # type: ignore[no-untyped-call]
+            contents.append(read())
         except (UserError, OSError):
             contents.append({})
     config, environment, metrics = contents

@@ -163,7 +163,13 @@ def test_broken_and_unfinished_runs_are_named_and_the_others_compared(sweep):
     assert next(one.overrides for one in runs.others if one.name == "failed") == "lora.r=0 seed=2"
     assert len(runs.finished) == 3 and runs.best.name == "1"
     only = read_runs([str(sweep / "failed")], "score", None)
-    assert not only.finished and advice(only, [], everything=False) == ["No run is finished."]
+    assert not only.finished and advice(only, [], everything=False) == [
+        "Nothing can be compared: no run is finished, for the reasons above."
+    ]
+    stopped = read_runs([str(sweep / "killed")], "score", None)
+    assert advice(stopped, [], everything=False)[0].endswith(
+        f"1 run can be resumed, such as: python -m intern.train resume={sweep / 'killed'}"
+    )
 
 
 def test_files_hold_every_run_and_the_plots(sweep, tmp_path):
@@ -444,7 +450,7 @@ def test_a_value_that_no_run_has_is_named_with_the_command_that_measures_it(tmp_
     said = advice(runs, [str(tmp_path)], everything=False)
     assert said[0] == (
         f"sort_by=token_f1: none of the 2 finished runs has a token F1: python -m intern.evaluate "
-        f"run_dir={tmp_path / 'a'} measures it, for each run. Sorted by score instead."
+        f"run_dir={tmp_path} measures it. Sorted by score instead."
     )
     assert said[1].startswith("★ best by eval loss 0.500") and [one.name for one in runs.finished] == ["a", "b"]
     judged = advice(read_runs([str(tmp_path)], "judged", None), [], everything=False)[0]
