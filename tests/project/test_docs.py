@@ -190,7 +190,9 @@ def test_every_command_of_the_pages_composes(name):
 
 def test_keys_and_options_in_the_text_of_the_pages_exist():
     """`trainer.max_steps=300`, `quant=nf4_bf16` and the like, between backticks."""
-    primary = [composed(name=name) for name in ("train", "query", "evaluate", "compare", "preview", "doctor", "verify", "runs")]
+    primary = [
+        composed(name=name) for name in ("train", "query", "evaluate", "compare", "preview", "doctor", "verify", "runs")
+    ]
     faults = []
     for page in PAGES:
         for span in re.findall(r"`([^`\n]+)`", without_fences(page.read_text(encoding="utf-8"))):
@@ -198,7 +200,7 @@ def test_keys_and_options_in_the_text_of_the_pages_exist():
                 group = ROOT / "conf" / key
                 if group.is_dir():
                     options = value.strip("[]").split(",") if value else []
-                    known = all((group / f"{one}.yaml").is_file() or one == "basic" for one in options)
+                    known = all((group / f"{one}.yaml").is_file() for one in options)
                 else:
                     known = any(has_key(cfg, key) for cfg in primary) or key.startswith(("hydra.", "generation."))
                 if not known and " -m " not in span and not span.startswith(("python", "PYTHON")):
