@@ -11,20 +11,25 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from intern.cli import sweep
 from intern.cli.command import WANTS_TRACEBACK
+from intern.cli.sweep_check import PlannedJob, check_jobs, planned_job
 from intern.errors import UserError
 from intern.runs.directory import Run
 
@@ -67,16 +72,41 @@ class Job:
         return f"exit code {self.exit_code}"
 
 
+def _check(launcher: Any, job_overrides: Sequence[Sequence[str]], asks_gpu: bool) -> None:
+    """Check all jobs of a sweep before the first one starts. A search chooses its jobs while it runs: each of them checks itself."""
+    if not str(launcher.config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):
+        return
+    jobs: list[PlannedJob] = []
+    for number, overrides in enumerate(job_overrides):
+        try:
+            config = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, list(overrides))
+            jobs.append(planned_job(number, list(overrides), config, str(launcher.config.hydra.sweep.dir)))
+        except (HydraException, OmegaConfBaseException) as error:
+            jobs.append(PlannedJob(number, list(overrides), error, Run(Path(str(launcher.config.hydra.sweep.dir)))))
+    check_jobs(jobs, asks_gpu)
+    sweep.announce(job_overrides)
+
+
+class CheckedLauncher(BasicLauncher):
+    """Hydra's own launcher, which runs the jobs one after another in this process, after a check of all of them."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs, called by Hydra with the overrides of each."""
+        _check(self, job_overrides, asks_gpu=True)
+        return super().launch(job_overrides, initial_job_idx)
+
+
 class CommandLauncher(Launcher):
     """Runs every job as a command: a crash affects no other job, and memory is freed with the process."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context = hydra_context
+        self.hydra_context = hydra_context
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs, called by Hydra with the overrides of each; return values are their scores, NaN for a job that failed."""
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        _check(self, job_overrides, asks_gpu=False)  # its own process would hold GPU memory
         before = HydraConfig.instance().cfg
         try:
             made = [self._job(number, list(one)) for number, one in enumerate(job_overrides, start=initial_job_idx)]
@@ -90,7 +120,7 @@ class CommandLauncher(Launcher):
         raise NotImplementedError
 
     def _job(self, number: int, overrides: list[str]) -> tuple[Job, DictConfig]:
-        config = self.context.config_loader.load_sweep_config(self.config, overrides)
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
         HydraConfig.instance().set_config(config)  # for interpolations of ${hydra:...}
@@ -181,12 +211,15 @@ class ProcessLauncher(CommandLauncher):
             # Its own process group: the terminal's Ctrl-C reaches only this process, which forwards it once.
             process = subprocess.Popen(job.command, env=environment, stdout=output, stderr=output, process_group=0)
             self._running[job.number] = process
+            begun = time.monotonic()
             if self._signal:  # it arrived while the process was being started
                 process.send_signal(self._signal)
             job.exit_code = process.wait()
             del self._running[job.number]
         if quiet:
             log.info("\t#%d : %s", job.number, job.failure() or f"done, score {job.run.score():.4f}")
+        if not self._signal:
+            sweep.report_ended(job.number, job.run, time.monotonic() - begun, has_failed=job.exit_code != 0)
 
     @contextlib.contextmanager
     def _forwarding_signals(self) -> Iterator[None]:

@@ -40,6 +40,8 @@ def main(cfg: DictConfig) -> float:
 
         if cfg.resume is not None:
             cfg = resumed_config(run, cfg, hydra.overrides.task)
+        elif folder is not None and cfg.name is not None:
+            cfg.name = f"{cfg.name}/{run.path.relative_to(folder)}"  # of a sweep's jobs, each has its own
         return finetune(cfg, run, folder.name if folder is not None else None)
 
 

@@ -704,10 +704,24 @@ TABLE = (
     ),
     Upstream(
         "hydra._internal.config_loader_impl:ConfigLoaderImpl.load_sweep_config",
-        ("hydra_plugins.intern_launcher:CommandLauncher._job",),
+        ("hydra_plugins.intern_launcher:CommandLauncher._job", "hydra_plugins.intern_launcher:_check"),
         "composes the configuration of one job of a sweep",
         "loud",
         "(self, master_config, sweep_overrides)",
+    ),
+    Upstream(
+        "hydra._internal.core_plugins.basic_launcher:BasicLauncher.launch",
+        ("hydra_plugins.intern_launcher:CheckedLauncher",),
+        "runs all jobs of a grid in one call, one after another in this process",
+        "loud",
+        "(self, job_overrides, initial_job_idx)",
+    ),
+    Upstream(
+        "hydra._internal.core_plugins.basic_sweeper:BasicSweeper.sweep",
+        ("hydra_plugins.intern_launcher:_check",),
+        "is the sweeper that knows all jobs before the first one",
+        "silent: a sweep's jobs are checked one by one, when each starts",
+        "(self, arguments)",
     ),
     Upstream(
         "hydra.core.utils:filter_overrides",

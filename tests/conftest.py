@@ -23,7 +23,14 @@ absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the default length of the tests, with an offline W&B run."""
     target = tmp_path_factory.mktemp("run") / "first"
-    command("intern.train", *SHORT, "logger.sample_answers=2", f"hydra.run.dir={target}")
+    command(
+        "intern.train",
+        *SHORT,
+        "logger.sample_answers=2",
+        "name=first try",
+        "notes=To share it.",
+        f"hydra.run.dir={target}",
+    )
     return target
 
 

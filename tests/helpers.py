@@ -71,6 +71,24 @@ def train(path, *overrides):
     return run
 
 
+def run_directory(path, loss=None, failure=None, golden="golden", checkpoints=True, **config):
+    """A run directory with a bit of everything that training writes."""
+    path.mkdir(parents=True)
+    run = Run(path)
+    run.write_config(OmegaConf.create({"seed": 1, "lora": {"r": 8}, "data": {"eval_file": f"/{golden}"}, **config}))
+    for file in ("history.jsonl", "train.log", "prompt.json", "run.lock", ".hydra/config.yaml", "adapter/weights"):
+        (path / file).parent.mkdir(exist_ok=True)
+        (path / file).write_text("{}")
+    if checkpoints:
+        (path / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+        (path / "checkpoints" / "checkpoint-2" / "optimizer.pt").write_bytes(b"0" * 5000)
+    if loss is not None:
+        run.write_json(run.metrics, {"schema_version": 1, "train_loss": 2.0, "eval_loss": loss})
+    if failure is not None:
+        run.write_json(run.failure, {"exit_code": 1, "error": failure, "begins_anew": True})
+    return run
+
+
 def wandb_file(run):
     [file] = Path(run).glob("wandb/offline-run-*/*.wandb")
     return file

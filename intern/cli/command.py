@@ -68,6 +68,7 @@ WORDS = frozenset(
         "model.pretrained_model_name_or_path",
         "model.quantized_cache",
         "name",
+        "notes",
         "output_dir",
         "question",
         "resume",
@@ -256,6 +257,8 @@ def _located(message: str) -> str:
 
 def _composition_fault(error: Exception) -> str:
     """Return Hydra's message on one line, with the nearest right key if the key is wrong."""
+    if isinstance(error, UserError):
+        return str(error)  # of a sweep's jobs: a line for each mistake
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ConfigKeyError | ConfigAttributeError):
         cause = cause.__cause__

@@ -5,8 +5,11 @@ import gc
 import logging
 import math
 import shlex
+import statistics
 import sys
+import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from intern.config.secrets import refuse
 from intern.errors import UserError, one_line
 from intern.runs.directory import Run
 from intern.runs.find import runs_below
+from intern.runs.ranking import Ranked, rank
 
 log = logging.getLogger(__name__)
 log_file = logging.getLogger(
@@ -49,18 +53,24 @@ class SweepRecord:
     """The jobs of a sweep so far.
 
     Args:
-        overrides: those of each job, by its number.
+        overrides: those of each job that has started, by its number.
         failures: the jobs that failed.
+        planned: overrides of all jobs; empty if nothing is known of those to come, as in a search.
+        seconds: that each job took which has ended; None if it failed or was finished before.
     """
 
     overrides: dict[int, list[str]] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
+    planned: list[list[str]] = field(default_factory=list)
+    seconds: dict[int, float | None] = field(default_factory=dict)
 
     def describe(self, failure: Failure) -> str:
         """Return one line with the job's own overrides, without those that all jobs have."""
-        shared = set.intersection(*map(set, self.overrides.values())) if len(self.overrides) > 1 else set()
-        own = " ".join(override for override in self.overrides[failure.job] if override not in shared)
-        return f"job {failure.job} ({own}) failed: {failure.reason}"
+        return f"{self.called(failure.job)} failed: {failure.reason}"
+
+    def called(self, job: int) -> str:
+        """Return "job 3 (lora.r=16)": a job with its own overrides."""
+        return f"job {job} ({own_overrides(self.overrides[job], self.planned or list(self.overrides.values()))})"
 
     @property
     def exit_code(self) -> int:
@@ -72,6 +82,65 @@ class SweepRecord:
 
 # The one sweep that this process runs. Hydra's callback, its launcher and the command each see a part of it, and share no object.
 record = SweepRecord()
+
+
+def own_overrides(overrides: Sequence[str], of_all: Sequence[Sequence[str]]) -> str:
+    """Return the overrides that not all jobs have."""
+    shared = set.intersection(*map(set, of_all)) if len(of_all) > 1 else set()
+    return " ".join(override for override in overrides if override not in shared)
+
+
+def announce(planned: Sequence[Sequence[str]]) -> None:
+    """Say how many jobs there are and what all of them have in common; remember them to tell how far the sweep is."""
+    record.planned = [list(overrides) for overrides in planned]
+    shared = set.intersection(*map(set, planned)) if planned else set()
+    same = " ".join(override for override in planned[0] if override in shared) if planned else ""
+    log.info("%d jobs, all checked%s", len(planned), f"; the same in all: {same}" if same and len(planned) > 1 else "")
+
+
+def report_ended(job: int, run: Run, seconds: float, has_failed: bool) -> None:
+    """Log that a job has ended, the time that is left, and the best job so far. Nothing is logged in a search, whose length is not known here.
+
+    Args:
+        job: its number.
+        run: its run directory.
+        seconds: that it took.
+        has_failed: whether it failed.
+    """
+    total = len(record.planned)
+    if not total:
+        return
+    was_finished = run.finished and time.time() - run.metrics.stat().st_mtime > seconds + 1
+    record.seconds[job] = None if has_failed or was_finished else seconds
+    left = total - len(record.seconds)
+    how = "failed" if has_failed else "was finished" if was_finished else "done"
+    said = [f"job {job} {how} after {_duration(seconds)}, {len(record.seconds)} of {total}"]
+    measured = [taken for taken in record.seconds.values() if taken is not None]
+    if left and measured:
+        said.append(f"{left} left, about {_duration(left * statistics.mean(measured))} one after another")
+    groups = rank(runs_below(run.path.parent))
+    if groups:
+        said.append(f"best so far: {_best(groups[0])}")
+    log.info("%s", "; ".join(said))
+
+
+def _best(group: Ranked) -> str:
+    """Return the best job of a group with its own overrides, and its score by its name."""
+    name = group.best.path.name
+    number = int(name) if name.isdecimal() else -1
+    called = record.called(number) if number in record.overrides else name
+    return f"{called}, {group.score}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{minutes} min"
+        if minutes < 100
+        else f"{minutes // 60} h {minutes % 60} min"
+    )
 
 
 def folder(hydra: HydraConf) -> Path | None:
@@ -131,10 +200,14 @@ class Sweep(Callback):
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
             record.overrides[config.hydra.job.num] = list(config.hydra.overrides.task)
+            self._begun = time.monotonic()
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
             release_memory()
+            job, run = config.hydra.job.num, Run(Path(config.hydra.runtime.output_dir))
+            has_failed = any(failure.job == job for failure in record.failures)
+            report_ended(job, run, time.monotonic() - self._begun, has_failed)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
@@ -142,11 +215,15 @@ class Sweep(Callback):
         if runs:
             from intern.display.plot import plot_sweep  # heavy: keeps --help fast
 
-            best = min(runs, key=Run.score)
             plot_sweep([_point(run) for run in runs], folder / "sweep.png")
+            groups = rank(runs)
+            bests = "; ".join(_best(group) for group in groups)
+            log.info("%d finished runs in %s; the best: %s", len(runs), folder, bests or "none has a score")
+            place = shlex.quote(f"run_dir={folder}")
             log.info(
-                "%d finished runs in %s; the best: %s, score %.4f", len(runs), folder, best.path.name, best.score()
-            )
+                "next:\n  python -m intern.compare %s\n  python -m intern.evaluate %s\n  python -m intern.query %s question='...'",
+                shlex.quote(f"runs={folder}"), place, place,
+            )  # fmt: skip
         for failure in record.failures:
             log.error("%s", record.describe(failure))
 

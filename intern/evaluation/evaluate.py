@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -53,7 +54,7 @@ class Evaluation:
     losses_comparable: bool  # both tokenizers split the references alike
 
 
-def evaluate(cfg: DictConfig, run: Run, against: Run | None) -> Evaluation:
+def evaluate(cfg: DictConfig, run: Run, against: Run | None, earlier: Sequence[Run] = ()) -> Evaluation:
     """Answer and score a golden file with two models.
 
     Answers are stored batch by batch, so an evaluation that was interrupted continues where it stopped.
@@ -62,6 +63,7 @@ def evaluate(cfg: DictConfig, run: Run, against: Run | None) -> Evaluation:
         cfg: the composed conf/evaluate.yaml.
         run: the run to evaluate.
         against: another run to compare with, None for the run's own base.
+        earlier: runs evaluated before with the same `cfg`: answers of the same base, or of the same other run, are taken from there.
 
     Returns:
         Scores of every row and group; predictions.jsonl is complete in the evaluation's folder.
@@ -81,7 +83,7 @@ def evaluate(cfg: DictConfig, run: Run, against: Run | None) -> Evaluation:
     overlap = find_overlap(run, golden, cfg.train_file)
     folder = _make_folder(cfg, run, against, file)
     judge = _build_judge(cfg.judge, folder)
-    predictions = _predictions(cfg, sides, file, folder, golden)
+    predictions = _predictions(cfg, sides, file, folder, golden, [one.evaluation / folder.name for one in earlier])
     before, after = (score_rows(golden, made, refusal, _verdicts(judge, golden, made)) for made in predictions)
     rows = [
         Row(
@@ -197,7 +199,7 @@ def _verdicts(judge: Judge | None, golden: Dataset, predictions: list[Prediction
 
 
 def _predictions(
-    cfg: DictConfig, sides: tuple[Side, Side], file: DataFile, folder: Path, golden: Dataset
+    cfg: DictConfig, sides: tuple[Side, Side], file: DataFile, folder: Path, golden: Dataset, earlier: list[Path]
 ) -> list[list[Prediction]]:
     """Return the answers of both models; a model is loaded only if some of its answers are missing."""
     inputs = {
@@ -212,6 +214,8 @@ def _predictions(
     if from_environment(cfg):  # what was meant decides the answers, and is not stored itself
         inputs["environment"] = hashlib.sha256(json.dumps(plain(cfg.generation)).encode()).hexdigest()
     done = Predictions(folder, json.loads(json.dumps(inputs)))
+    for other in earlier:
+        done.take_from(other)
     numbers = list(golden["row"])
     for run in dict.fromkeys(side.run for side in sides):
         missing = [side for side in sides if side.run == run and done.of(side.name, numbers) is None]

@@ -52,6 +52,7 @@ class Predictions:
             inputs: everything that decides an answer, in types that JSON has.
         """
         self.path = folder / "predictions.jsonl"
+        self._inputs = inputs
         self._known: dict[tuple[str, int], Prediction] = {}
         stored = folder / "inputs.json"
         before = None
@@ -70,6 +71,24 @@ class Predictions:
             (folder / "metrics.json").unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
         self._write([])
+
+    def take_from(self, folder: Path) -> None:
+        """Take the predictions of models that another evaluation has in common with this one, if everything else is the same too.
+
+        Args:
+            folder: of inputs.json and predictions.jsonl of the other evaluation.
+        """
+        try:
+            theirs = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if {**theirs, "models": None} != {**self._inputs, "models": None}:
+            return
+        shared = {model["name"] for model in self._inputs["models"] if model in theirs["models"]}
+        known = {model for model, _ in self._known}
+        found = [one for one in _read(folder / self.path.name) if one.model in shared - known]
+        if found:
+            self.add(found)
 
     def of(self, model: str, rows: Sequence[int]) -> list[Prediction] | None:
         """Return one model's predictions for these rows, in their order; None if one is missing."""

@@ -7,6 +7,7 @@ from intern.evaluation.bootstrap import FEW, FEW_MARK, Estimate, PairedScore
 from intern.evaluation.evaluate import Evaluation
 from intern.evaluation.metrics import MAIN_METRIC, METRICS, Place, metrics_at
 from intern.evaluation.scores import Group, Row
+from intern.runs.names import called
 
 _SHOWN_ROWS = 8  # worst and best rows each
 
@@ -57,7 +58,7 @@ def build_view(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "title": f"{after.name} against {before.name}" if before.run != after.run else "Adapter against base",
         "names": (before.name, after.name),
-        "runs": [(side.name, str(side.run.path), side.adapted) for side in evaluation.sides],
+        "runs": [(side.name, called(side.run), side.adapted) for side in evaluation.sides],
         "file": str(evaluation.file.path),
         "sha256": evaluation.file.sha256,
         "rows": len(evaluation.rows),

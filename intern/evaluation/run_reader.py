@@ -17,14 +17,14 @@ from intern.errors import UserError
 from intern.evaluation.bootstrap import FEW
 from intern.evaluation.metrics import Metric, Place, metrics_at
 from intern.runs.directory import Run
-from intern.runs.files import open_file
+from intern.runs.ranking import ScoredRows, scored_rows
+from intern.runs.state import why_unfinished
 from intern.runs.untrusted import json_object, read_text, yaml_mapping
 
 _LARGEST = 1e15  # nothing that training measures is larger
 _MOST_KEYS = 1_000  # of a configuration; a run has about 100
-_LOG_END = 65_536  # bytes at the end of train.log and history.jsonl that are searched for the last error or step
 _OVERRIDES = 65_536  # bytes
-_STEP = re.compile(r'"step": ?(\d{1,12})\b')
+_OF_A_NAME = ("name", "notes")  # keys that change nothing in what is trained
 _DERIVED_SCALE = "lora.scale"
 Bounds = tuple[float | None, float | None]
 
@@ -34,15 +34,15 @@ class FinishedRun:
     """A run that can be compared."""
 
     run: Run
-    name: str  # its path below the folder that all runs share
+    name: str  # the one it was given, or its path below the folder that all runs share
     config: dict[str, str]  # every key, flat, as text; lora.scale is derived
     values: dict[str, float]  # by column: those that the run has
     bounds: dict[str, Bounds]  # 95 % intervals of the metrics of its evaluation
     few: frozenset[str]  # columns computed from too few rows to rely on
     trained_rows: int  # golden rows of the evaluation that the run was trained on
     gpu: str | None
-    train_data: str | None  # SHA-256 (or path) of what train_loss was measured on
-    eval_data: str | None  # SHA-256 (or path) of what eval_loss was measured on
+    train_rows: ScoredRows  # what train_loss was measured on
+    eval_rows: ScoredRows | None  # what eval_loss was measured on
     evaluated_data: str | None  # SHA-256 of what the evaluation's metrics were measured on
     evaluated_file: str  # its name
 
@@ -96,8 +96,9 @@ def read_run(folder: Path, name: str, evaluation: str | None) -> FinishedRun | O
 
 def _read(run: Run, name: str, evaluation: str | None) -> FinishedRun:
     if not run.finished:
-        raise UserError(_why_unfinished(run))
-    config = _config(run)
+        raise UserError(why_unfinished(run))
+    nested = yaml_mapping(run.config, run.path)
+    config = _config(nested)
     metrics = json_object(run.metrics, run.path)
     environment = json_object(run.environment, run.path) if run.environment.exists() else {}
     memory = metrics.get("peak_gpu_gib", metrics.get("peak_host_rss_gib"))
@@ -111,35 +112,31 @@ def _read(run: Run, name: str, evaluation: str | None) -> FinishedRun:
     rows = _number(metrics.get("eval_rows"), "eval_rows")
     few = {"eval_loss", "score"} if rows is not None and rows < FEW else set()
     bounds: dict[str, Bounds] = {}
+    if "eval_loss" in values:
+        ends = (_number(metrics.get(f"eval_loss_{end}"), f"eval_loss_{end}") for end in ("low", "high"))
+        bounds["eval_loss"] = bounds["score"] = (next(ends), next(ends))
     evaluated = _evaluation(run, evaluation)
     group = _all_rows(evaluated)
     for key, metric in metrics_at(Place.COMPARE).items():
         if (measured := _measured(group, key, metric)) is not None:
             values[key], bounds[key], counted = measured
             few |= {key} if counted < FEW else set()
-    data, gpu = environment.get("data"), environment.get("gpu")
-    digests = data if isinstance(data, dict) else {}
+    gpu = environment.get("gpu")
     trained_rows = group.get("trained_rows")
     return FinishedRun(
         run=run,
-        name=name,
+        name=nested["name"] if isinstance(nested.get("name"), str) else name,
         config=config,
         values=values,
         bounds=bounds,
         few=frozenset(few),
         trained_rows=trained_rows if isinstance(trained_rows, int) else 0,
         gpu=str(gpu.get("name")) if isinstance(gpu, dict) else None,
-        train_data=_digest(digests, config.get("data.train_file")),
-        eval_data=_digest(digests, config.get("data.eval_file")) if "eval_loss" in values else None,
+        train_rows=scored_rows(nested, environment, has_golden_loss=False),
+        eval_rows=scored_rows(nested, environment, has_golden_loss=True) if "eval_loss" in values else None,
         evaluated_data=str(evaluated["file_sha256"]) if "file_sha256" in evaluated else None,
         evaluated_file=Path(str(evaluated.get("file", ""))).name,
     )
-
-
-def _digest(digests: dict[str, Any], file: str | None) -> str | None:
-    """Return the SHA-256 of a data file as the run recorded it; its path if there is none."""
-    found = digests.get(str(file))
-    return found if isinstance(found, str) else file
 
 
 def _number(value: Any, name: str) -> float | None:
@@ -176,9 +173,9 @@ def _measured(group: dict[str, Any], key: str, metric: Metric) -> tuple[float, B
     return None if value is None else (value, (low, high), _number(score.get("rows"), "rows") or 0)
 
 
-def _config(run: Run) -> dict[str, str]:
-    """Return every key as text, with the effective lora_alpha and the scale of the update."""
-    config = dict(_flat(yaml_mapping(run.config, run.path), ""))
+def _config(nested: dict[str, Any]) -> dict[str, str]:
+    """Return every key but those that say what a run is called as text, with the effective lora_alpha and the scale of the update."""
+    config = dict(_flat({key: value for key, value in nested.items() if key not in _OF_A_NAME}, ""))
     if len(config) > _MOST_KEYS:
         raise UserError(f"config.yaml has {len(config):,} keys: not a configuration that training writes")
     rank, alpha = (as_number(config.get(key)) for key in ("lora.r", "lora.lora_alpha"))
@@ -208,29 +205,6 @@ def as_number(text: str | None) -> float | None:
     except ValueError:
         return None
     return number if number is not None and abs(number) <= _LARGEST else None
-
-
-def _why_unfinished(run: Run) -> str:
-    """Return the last error in train.log, or how far training came."""
-    lines = _end(run.path / "train.log", run).splitlines()
-    errors = [number for number, line in enumerate(lines) if "[ERROR] " in line]
-    if errors:
-        last = lines[errors[-1] :]
-        if any(line.startswith("Traceback") for line in last):
-            return f"failed: {next((line for line in reversed(last) if line.strip()), '').strip()}"
-        return f"failed: {last[0].split('[ERROR] ', 1)[1].strip()}"
-    steps = _STEP.findall(_end(run.history, run))
-    return f"unfinished: no metrics.json, last step {steps[-1]}" if steps else "unfinished: no metrics.json"
-
-
-def _end(path: Path, run: Run) -> str:
-    """Return the end of a text file of the run; empty if there is none, or it is a link."""
-    try:
-        with open_file(path, run.path) as file:
-            file.seek(max(0, file.seek(0, 2) - _LOG_END))
-            return file.read(_LOG_END).decode("utf-8", errors="replace")
-    except (OSError, UserError):
-        return ""
 
 
 def _overrides(folder: Path) -> list[str]:

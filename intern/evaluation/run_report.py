@@ -158,7 +158,7 @@ def notes(runs: Runs) -> list[str]:
     if trained := [one.name for one in runs.finished if one.trained_rows]:
         named = ", ".join(trained[:_MOST_NAMED]) + (", ..." if len(trained) > _MOST_NAMED else "")
         found.append(f"Evaluated on rows that they were trained on, among others: {named}.")
-    if len({one.eval_data for one in runs.finished if one.eval_data}) > 1:
+    if len({one.eval_rows.identity for one in runs.finished if one.eval_rows is not None}) > 1:
         found.append("Eval losses were measured on different golden files: they cannot be compared across these.")
     if len({one.evaluated_data for one in runs.finished if one.evaluated_data}) > 1:
         found.append(
@@ -182,8 +182,8 @@ def advice(runs: Runs, paths: list[str], everything: bool) -> list[str]:
         everything: whether these are all folders in which Hydra puts runs.
     """
     if not runs.finished:
-        return ["No run is finished."]
-    lines = [_how_to_get(runs, runs.missing)] if runs.missing else []
+        return [_nothing_to_compare(runs)]
+    lines = [_how_to_get(runs, paths)] if runs.missing else []
     for group in runs.ranked:
         assert group.best is not None
         alone = len(runs.ranked) == 1
@@ -198,21 +198,45 @@ def advice(runs: Runs, paths: list[str], everything: bool) -> list[str]:
             f"{place}{STAR} best by {quality(runs)} {value}: {group.best.run.path}",
             f"use it: python -m intern.query {shlex.quote(f'run_dir={name}')} question='...'",
         ]
+    lacking = sum(runs.best_by not in one.values for one in runs.finished)
+    if lacking and runs.best_by in metrics_at(Place.COMPARE):
+        counted = f"{lacking} of the {_counted(len(runs.finished), 'finished ')}"
+        lines.append(
+            f"{counted} without {columns()[runs.best_by].label}: {_how_to_evaluate(runs, runs.best_by, paths)}."
+        )
     return lines
 
 
-def _how_to_get(runs: Runs, missing: str) -> str:
-    label = columns()[missing].label
+def _nothing_to_compare(runs: Runs) -> str:
+    """Return why there is no table, and what to do about it."""
+    stopped = [one for one in runs.others if one.reason.startswith("unfinished")]
+    resume = ""
+    if stopped:
+        command = f"python -m intern.train {shlex.quote(f'resume={stopped[0].path}')}"
+        resume = f" {_counted(len(stopped))} can be resumed, such as: {command}"
+    return f"Nothing can be compared: no run is finished, for the reasons above.{resume}"
+
+
+def _how_to_evaluate(runs: Runs, metric: str, paths: list[str]) -> str:
+    """Return the command that measures a metric of all compared runs, or of one of them if no one folder holds all."""
+    needs = f" {METRICS[metric].needs}" if METRICS[metric].needs else ""
+    lacking = [one for one in runs.finished if metric not in one.values]
+    is_folder = len(paths) == 1 and Path(paths[0]).expanduser().is_dir() and len(lacking) > 1
+    run_dir = paths[0] if is_folder else str(lacking[0].run.path)
+    each = ", for each run" if len(lacking) > 1 and not is_folder else ""
+    return f"python -m intern.evaluate {shlex.quote(f'run_dir={run_dir}')}{needs} measures it{each}"
+
+
+def _how_to_get(runs: Runs, paths: list[str]) -> str:
+    missing = str(runs.missing)
     if missing in metrics_at(Place.COMPARE):
-        run_dir = shlex.quote(f"run_dir={runs.finished[0].run.path}")
-        needs = f" {METRICS[missing].needs}" if METRICS[missing].needs else ""
-        how = f"python -m intern.evaluate {run_dir}{needs} measures it, for each run"
+        how = _how_to_evaluate(runs, missing, paths)
     elif missing == "eval_loss":
         how = "train with data.eval_file=... to measure it"
     else:
         how = "the runs' metrics.json lack it"
     return (
-        f"sort_by={missing}: none of the {_counted(len(runs.finished), 'finished ')} has a {label}: {how}. "
+        f"sort_by={missing}: none of the {_counted(len(runs.finished), 'finished ')} has a {columns()[missing].label}: {how}. "
         "Sorted by score instead."
     )
 

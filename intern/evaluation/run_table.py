@@ -85,7 +85,7 @@ def read_runs(paths: Sequence[str], sort_by: str, evaluation: str | None) -> Run
     Raises:
         UserError: a path that does not exist, no run at all, no column or key called `sort_by`, or no evaluation of this name.
     """
-    folders = list(dict.fromkeys(folder for path in paths for folder in _find(path)))
+    folders = list(dict.fromkeys(folder for path in paths for folder in run_folders(path)))
     if not folders:
         raise UserError(
             f"runs={','.join(paths) or 'null'}: no run there: train one, or give the folder of a run or a sweep"
@@ -93,7 +93,7 @@ def read_runs(paths: Sequence[str], sort_by: str, evaluation: str | None) -> Run
     evaluation = _chosen_evaluation(folders, evaluation)
     shared = Path(os.path.commonpath([folder.parent for folder in folders]))
     read = [read_run(folder, str(folder.relative_to(shared)), evaluation) for folder in folders]
-    finished = [one for one in read if isinstance(one, FinishedRun)]
+    finished = _told_apart([one for one in read if isinstance(one, FinishedRun)], shared)
     keys = sorted({key for one in finished for key in one.config})
     sort_by = _present_name(sort_by)
     if finished and sort_by not in columns() and sort_by not in keys:
@@ -112,6 +112,15 @@ def read_runs(paths: Sequence[str], sort_by: str, evaluation: str | None) -> Run
         evaluation=evaluation,
         differing=_differing(finished, keys),
     )
+
+
+def _told_apart(finished: list[FinishedRun], shared: Path) -> list[FinishedRun]:
+    """Return the runs with their folders after names that several of them have."""
+    counts = Counter(one.name for one in finished)
+    return [
+        replace(one, name=f"{one.name} ({one.run.path.relative_to(shared)})") if counts[one.name] > 1 else one
+        for one in finished
+    ]
 
 
 def shown_keys(runs: Runs) -> list[str]:
@@ -148,9 +157,8 @@ def _measured_on(one: FinishedRun, column: str) -> tuple[str, str | None]:
         return (one.evaluated_file, one.evaluated_data) if column in one.values else ("not evaluated", None)
     if column == "eval_loss" and "eval_loss" not in one.values:
         return "without golden rows", None
-    if column in ("score", "eval_loss") and "eval_loss" in one.values:
-        return Path(one.config.get("data.eval_file", "")).name, one.eval_data
-    return f"training rows of {Path(one.config.get('data.train_file', '')).name}", one.train_data
+    rows = one.eval_rows if column in ("score", "eval_loss") and one.eval_rows is not None else one.train_rows
+    return rows.name, rows.identity and f"{'golden' if rows.golden else 'training'} rows: {rows.identity}"
 
 
 def _mark(number: int) -> str:
@@ -176,8 +184,8 @@ def _present_name(column: str) -> str:
     return next((name for name, metric in METRICS.items() if column and column == metric.former_name), column)
 
 
-def _find(path: str) -> Iterator[Path]:
-    """Yield the run directories at or below a path or glob; nothing below a run is searched."""
+def run_folders(path: str) -> Iterator[Path]:
+    """Yield the run directories at or below a path or glob, finished or not; nothing below a run is searched."""
     given = Path(path).expanduser()
     starts = [given] if given.is_dir() else _matches(path)
     starts = [start for start in starts if start.is_dir()]

@@ -86,7 +86,7 @@ class QuantizedCache:
 
     def entry(self, name: str, config: PreTrainedConfig, quant: BitsAndBytesConfig, dtype: torch.dtype) -> Path | None:
         """Return the folder of this base with this quantization; None if nothing identifies the base's weights."""
-        weights = _identity(name, config)
+        weights = identity(name, config)
         if weights is None:
             return None
         libraries = [version(library) for library in ("bitsandbytes", "transformers", "torch")]
@@ -162,7 +162,7 @@ def _read(entry: Path, name: str, arguments: dict[str, Any]) -> PreTrainedModel 
     return model
 
 
-def _identity(name: str, config: PreTrainedConfig) -> list[object] | None:
+def identity(name: str, config: PreTrainedConfig) -> list[object] | None:
     """Return what distinguishes a base's weights from others: the hub's commit, or a folder's files with their sizes and times."""
     folder = Path(name)
     if folder.is_dir():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _JSON, _TOKENIZER = 16 * MIB, 128 * MIB  # bytes
 # What training writes into adapter/, and the size in bytes beyond which each is refused (weights: see `check_tensors`).
-_FILES = {
+FILES = {
     _WEIGHTS: None,
     _CONFIG: MIB,
     "tokenizer.json": _TOKENIZER,
@@ -88,9 +88,9 @@ def check_adapter(folder: Path, root: Path) -> "LoraConfig":
         raise UserError(f"{folder / _WEIGHTS}: is missing, and weights in no other form are loaded")
     for name in names:
         file = folder / name
-        if name not in _FILES:
+        if name not in FILES:
             raise UserError(f"{file}: not a file that training writes there: refused; remove it if you trust the rest")
-        most, size = _FILES[name], check_file(file, root)
+        most, size = FILES[name], check_file(file, root)
         if most is not None and size > most:
             raise UserError(f"{file}: larger than {most / MIB:g} MiB: refused")
     _check_tokenizer(folder, root)

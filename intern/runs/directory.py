@@ -33,7 +33,7 @@ from intern.runs.untrusted import json_object, read_text, yaml_mapping
 SCHEMA_VERSION = 1
 _LONGEST_HISTORY = 2**28  # bytes: a million log steps
 _GROUPS = ("model", "quant", "lora", "trainer", "data", "logger")
-_PARTIAL_FILES = (
+PARTIAL_FILES = (
     ".config.yaml.",
     ".metrics.json.",
     ".history.jsonl.",
@@ -113,7 +113,7 @@ class Run:
         for draft in self.path.glob(".*"):
             if draft.name.startswith(".adapter-") and not draft.is_symlink():
                 shutil.rmtree(draft)
-            elif draft.is_file() and draft.name.startswith(_PARTIAL_FILES):
+            elif draft.is_file() and draft.name.startswith(PARTIAL_FILES):
                 draft.unlink()
 
     def write_config(self, cfg: DictConfig) -> None:
@@ -246,4 +246,5 @@ class Run:
         except UserError:
             return math.inf
         loss = metrics.get("eval_loss", metrics.get("train_loss"))
-        return float(loss) if isinstance(loss, int | float) and abs(loss) < sys.float_info.max else math.inf
+        is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
+        return float(loss) if is_number and abs(loss) < sys.float_info.max else math.inf

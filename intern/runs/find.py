@@ -1,13 +1,16 @@
-"""run_dir= or resume= -> the run that is meant: a path, "latest", "best", or the best job of a sweep."""
+"""run_dir= or resume= -> the run that is meant: a path, a name, "latest", "best", or the best job of a sweep."""
 
 import logging
 import os
 import shlex
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from intern.errors import UserError
 from intern.runs.directory import Run
+from intern.runs.names import called, given_name
+from intern.runs.ranking import rank
 
 log = logging.getLogger(__name__)
 
@@ -18,15 +21,37 @@ _INSIDE_A_RUN = {"adapter", "checkpoints", "evaluation", "wandb", ".hydra"}
 
 
 def resolve(run_dir: str | Path | None, root: Path | None = None) -> Run:
-    """Return the finished run that the user means.
+    """Return the finished run that the user means; if it had to be chosen, a line of the log says which one it is.
 
     Args:
-        run_dir: a run's folder; a folder of runs such as a sweep's (its best job); "latest" or "best", among all runs below
+        run_dir: a run's folder or name; a folder of runs such as a sweep's (its best job); "latest" or "best", among all runs below
             outputs/ and multirun/ of `root`.
         root: the folder of outputs/ and multirun/; the working directory by default.
 
     Raises:
-        UserError: there is no such run, or it is unfinished.
+        UserError: there is no such run, it is unfinished, or the best of runs that were scored on different rows was asked for.
+    """
+    root = root or Path.cwd()
+    runs = resolve_all(run_dir, root)
+    if str(run_dir) == "latest":
+        run = max(runs, key=lambda run: run.metrics.stat().st_mtime)
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.metrics.stat().st_mtime))
+        log.info("run_dir=latest: %s, finished %s", called(run, root), when)
+        return run
+    if len(runs) == 1 and str(run_dir) != "best":
+        return runs[0]
+    return best_of(runs, str(run_dir), root)
+
+
+def resolve_all(run_dir: str | Path | None, root: Path | None = None) -> list[Run]:
+    """Return all finished runs that `run_dir` stands for: one, those of a folder such as a sweep's, or all for "latest" and "best".
+
+    Args:
+        run_dir: as for `resolve`.
+        root: the folder of outputs/ and multirun/; the working directory by default.
+
+    Raises:
+        UserError: there is none, or the run is unfinished.
     """
     root = root or Path.cwd()
     if run_dir is None or not str(run_dir).strip():
@@ -37,18 +62,17 @@ def resolve(run_dir: str | Path | None, root: Path | None = None) -> Run:
             raise UserError(
                 f"run_dir={run_dir}: no finished run below {root}/outputs or {root}/multirun: train one, or give its path"
             )
-        return (
-            max(runs, key=lambda run: run.metrics.stat().st_mtime)
-            if str(run_dir) == "latest"
-            else min(runs, key=Run.score)
-        )
+        return runs
     path = Path(str(run_dir)).expanduser()
     path = path if path.is_absolute() else root / path
-    if not path.is_dir():
-        raise UserError(f"run_dir={run_dir}: no such folder")
-    run = Run(path.resolve())
+    named = [] if path.is_dir() else _named(str(run_dir), root)
+    if not path.is_dir() and not named:
+        raise UserError(f"run_dir={run_dir}: no such folder, and no run below outputs/ or multirun/ has this name")
+    if len(named) > 1 and (finished := [run for run in named if run.finished]):
+        return finished
+    run = named[0] if named else Run(path.resolve())
     if run.finished:
-        return run
+        return [run]
     if run.config.is_file():
         raise UserError(
             f"run_dir={run_dir}: this run is unfinished (no metrics.json); to resume it: "
@@ -57,14 +81,90 @@ def resolve(run_dir: str | Path | None, root: Path | None = None) -> Run:
     runs = list(runs_below(path))
     if not runs:
         raise UserError(f"run_dir={run_dir}: neither a run (no config.yaml) nor a folder of finished runs")
-    return min(runs, key=Run.score)
+    return runs
+
+
+def find_any(asked: str, root: Path | None = None) -> Run:
+    """Return the run that the user means, finished or not.
+
+    Args:
+        asked: as for `resolve`.
+        root: the folder of outputs/ and multirun/; the working directory by default.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    root = root or Path.cwd()
+    path = root / Path(asked).expanduser()
+    if asked not in ("latest", "best"):
+        named = [] if path.is_dir() else _named(asked, root)
+        run = named[0] if len(named) == 1 else Run(path.resolve())
+        if run.config.is_file() or _is(run.failure) or _is(run.path / "train.log"):
+            return run
+    return resolve(asked, root)
+
+
+def best_of(runs: list[Run], asked: str, root: Path) -> Run:
+    """Return the run with the lowest score, if all were scored on the same rows.
+
+    Args:
+        runs: finished runs. If some have a golden loss, those that only have a training loss are not considered.
+        asked: what the user asked for, such as "best" or a sweep's folder.
+        root: folders below it are shown without this part.
+
+    Raises:
+        UserError: no run has a score, or they were scored on different rows.
+    """
+    groups = rank(runs)
+    if not groups:
+        raise UserError(f"run_dir={asked}: none of the {len(runs)} finished runs has a score that can be read")
+    rivals = [group for group in groups if group.rows.golden] or groups
+    if len(rivals) > 1:
+        bests = [
+            f"of {len(group.runs)} on {group.rows.name or 'unknown rows'}: run_dir={shlex.quote(_short(group.best.path, root))}"
+            for group in rivals
+        ]
+        raise UserError(
+            f"run_dir={asked}: the {sum(len(group.runs) for group in rivals)} finished runs were scored on different rows, so their losses "
+            f"cannot be compared; name a run or a folder of runs. The best {'; the best '.join(bests)}"
+        )
+    best = rivals[0]
+    left_out = len(runs) - len(best.runs)
+    log.info(
+        "run_dir=%s: %s, %s, the best of %d%s",
+        asked,
+        called(best.best, root),
+        best.score,
+        len(best.runs),
+        f" ({left_out} without a golden loss not considered)" if left_out else "",
+    )
+    return best.best
+
+
+def _named(name: str, root: Path) -> list[Run]:
+    """Return the run that was given this name, or the jobs of a sweep that was: NAME/0, NAME/1 and so on.
+
+    Raises:
+        UserError: several runs have the name, apart from a sweep's jobs.
+    """
+    folders = [folder for place in RUN_ROOTS for folder in _folders_with(root / place, "config.yaml")]
+    names = [(given_name(run), run) for run in (Run(folder.resolve()) for folder in folders)]
+    found = [run for given, run in names if given == name]
+    if len(found) > 1:
+        places = ", ".join(_short(run.path, root) for run in found)
+        raise UserError(f"{name}: {len(found)} runs have this name: give the folder of one: {places}")
+    return found or [run for given, run in names if given and given.startswith(f"{name}/")]
+
+
+def _short(path: Path, root: Path) -> str:
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def find_unfinished(run_dir: str | Path, root: Path | None = None) -> Run:
     """Return the run that resume= means.
 
     Args:
-        run_dir: a run's folder, or "latest": the newest unfinished run below outputs/ and multirun/ of `root`.
+        run_dir: a run's folder or name, or "latest": the newest unfinished run below outputs/ and multirun/ of `root`.
         root: the working directory by default.
 
     Raises:
@@ -78,7 +178,9 @@ def find_unfinished(run_dir: str | Path, root: Path | None = None) -> Run:
             raise UserError(f"resume=latest: no unfinished run below {root}/outputs or {root}/multirun")
         run = max(runs, key=lambda run: max(file.lstat().st_mtime for file in (run.config, run.history) if _is(file)))
     else:
-        run = Run((root / Path(run_dir).expanduser()).resolve())
+        path = root / Path(run_dir).expanduser()
+        named = [] if path.exists() else _named(str(run_dir), root)
+        run = named[0] if len(named) == 1 else Run(path.resolve())
         if not run.config.is_file():
             raise UserError(f"resume={run_dir}: no run there that can be resumed (no config.yaml)")
     for path in sorted(run.path.iterdir()):

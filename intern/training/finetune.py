@@ -4,7 +4,6 @@ import contextlib
 import functools
 import gc
 import logging
-import math
 import shlex
 import sys
 import uuid
@@ -19,8 +18,7 @@ from transformers import PreTrainedModel
 from intern.config.build import literal_text
 from intern.config.secrets import from_environment, storable
 from intern.display.progress import progress_bars
-from intern.errors import RunError, UserError
-from intern.inference.losses import answer_losses
+from intern.errors import UserError
 from intern.runs.checkpoints import Checkpoint, list_checkpoints
 from intern.runs.directory import Run
 from intern.runs.environment import describe, peak_memory
@@ -28,7 +26,9 @@ from intern.runs.failures import explain_disk_errors
 from intern.runs.lock import lock
 from intern.training.callbacks import build_callbacks
 from intern.training.golden_answers import answer_golden_questions, score_answers
+from intern.training.golden_loss import score_golden_rows
 from intern.training.history import history_at
+from intern.training.outcome import tell_outcome, warn_before_training
 from intern.training.plan import TrainingPlan, build_plan
 from intern.training.resume import (
     check_same,
@@ -91,14 +91,15 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None, begin: Callabl
         with run.new_adapter() as folder:
             model.save_pretrained(str(folder))
             plan.tokenizer.save_pretrained(str(folder))
-        metrics |= _evaluate(model, plan)
+        metrics |= score_golden_rows(model, plan)
         trackers.report(metrics, _sample_answers(model, plan, trackers.sample_answers))
         from intern.display.plot import plot_loss  # matplotlib takes 0.3 s to import: not before the first step
 
         with run.new_file(run.loss_plot) as file:
             plot_loss(run.read_history(), file, metrics["best_step"])
-        run.write_json(run.metrics, metrics | peak_memory())
-    log.info("saved %s", run.path)
+        metrics |= peak_memory()
+        run.write_json(run.metrics, metrics)
+    tell_outcome(run, plan, metrics, is_job=sweep is not None)
     return run.score()
 
 
@@ -179,6 +180,7 @@ def _train(
     log.info(
         "%d training rows, %s trainable parameters", len(plan.train.rows), f"{trainer.get_num_trainable_parameters():,}"
     )
+    warn_before_training(trainer, plan)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
     try:
@@ -194,24 +196,6 @@ def _train(
         sys.exit(128 + signal)
     note_early_stop(trainer, callbacks, run)
     return trainer.model, summarize(trainer, callbacks, plan)
-
-
-def _evaluate(model: Any, plan: TrainingPlan) -> dict[str, Any]:
-    """Return the loss on the golden answers, in nats per token: every token counts the same.
-
-    Raises:
-        RunError: the loss is NaN or infinite.
-    """
-    if plan.eval is None:
-        return {}
-    log.info("scoring %d golden rows", len(plan.eval.rows))
-    losses = answer_losses(
-        model, plan.eval.rows.to_list(), plan.tokenizer.pad_token_id, plan.args.per_device_eval_batch_size
-    )
-    total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
-    if not math.isfinite(total):
-        raise RunError(f"the loss on the golden answers is {total}: lower trainer.learning_rate; the adapter was saved")
-    return {"eval_loss": total / tokens, "eval_rows": len(losses), "eval_tokens": tokens}
 
 
 def _sample_answers(model: Any, plan: TrainingPlan, count: int) -> list[dict[str, str]]:

@@ -24,6 +24,8 @@ MAY_CHANGE = {
     "trainer.max_steps": "higher: the run trains longer; the learning rate follows the longer schedule from there on",
     "trainer.save_steps": "how often checkpoints are written",
     "trainer.save_total_limit": "how many checkpoints are kept",
+    "name": "what the run is called",
+    "notes": "why it was made",
     "data.num_proc": "how many processes tokenize",
     "logger.mode": "online, offline or disabled",
 }

@@ -19,6 +19,7 @@ from intern.config.build import check_names
 from intern.errors import UserError
 from intern.evaluation.metrics import training_metrics
 from intern.paths import CONF_DIR
+from intern.runs.names import MAX_NAME, name_fault
 
 Groups = Mapping[str, Any]  # {"lora": {"r": 16, ...}, ..., "seed": 42}
 
@@ -65,6 +66,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.eval_strategy": tuple(kind.value for kind in IntervalStrategy),
     "trainer.save_strategy": tuple(kind.value for kind in SaveStrategy),
 }
+_LONGEST_NOTES = 2000  # characters
 _GROUPS = ("model", "quant", "lora", "trainer", "data", "logger")
 
 
@@ -105,6 +107,22 @@ def the_seed_is_a_whole_number(cfg: Groups) -> str | None:
     """The seed belongs to no library's class, so its type is checked here."""
     seed = cfg.get("seed")
     return None if isinstance(seed, int) and not isinstance(seed, bool) else f"seed={seed}: must be a whole number"
+
+
+def name_and_notes_are_text(cfg: Groups) -> str | None:
+    """A name is short, can be printed, and cannot be taken for a path's start or for a word that run_dir= knows."""
+    for key, longest in (("name", MAX_NAME), ("notes", _LONGEST_NOTES)):
+        value = cfg.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            return f"{key}={value}: must be text; in a file, put it in quotes"
+        if not value.strip() or len(value) > longest:
+            return f"{key}={value[:40]}: must have 1 to {longest} characters"
+    name = cfg.get("name")
+    if name is not None and (complaint := name_fault(name)) is not None:
+        return f"name={name}: {complaint}"
+    return None
 
 
 def max_steps_is_a_number_of_steps_or_minus_one(cfg: Groups) -> str | None:
@@ -241,6 +259,7 @@ OF_VALUES: tuple[Callable[[Groups], str | None], ...] = (
     every_number_is_finite,
     numbers_are_in_range,
     the_seed_is_a_whole_number,
+    name_and_notes_are_text,
     max_steps_is_a_number_of_steps_or_minus_one,
     max_steps_leave_room_for_min_steps,
     early_stopping_has_something_to_watch,

@@ -33,6 +33,7 @@ def summarize(trainer: InternTrainer, callbacks: Callbacks, plan: TrainingPlan) 
         "train_loss": sum(losses) / len(losses) if losses else callbacks.window.mean_loss,
         "train_seconds": round(steps.seconds, 1),
         "train_tokens": tokens,
+        "epochs": round(float(trainer.state.epoch or 0), 3),
         "tokens_per_second": round(tokens / steps.seconds, 1),
         "trainable_parameters": trainer.get_num_trainable_parameters(),
         "checkpointed_layers": memory.plan.checkpointed if memory is not None and memory.plan is not None else None,

@@ -12,15 +12,17 @@ from intern.cli.command import check_groups
 from intern.errors import UserError
 
 COMMANDS = sorted(path.stem for path in (ROOT / "intern").glob("*.py") if '__name__ == "__main__"' in path.read_text())
+COMMANDS += [path.parent.name for path in (ROOT / "intern").glob("*/__main__.py")]
 
 
 def test_there_are_commands():
-    assert COMMANDS == ["compare", "doctor", "evaluate", "preview", "query", "train", "verify"]
+    assert COMMANDS == ["compare", "doctor", "evaluate", "preview", "query", "train", "verify", "runs"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_loads_nothing_heavy(name):
-    code = f"import sys; sys.argv = ['x', '--help']; import intern.{name} as m\ntry: m.main()\nfinally: sys.stderr.write(' '.join(sys.modules))"
+    module = name if (ROOT / "intern" / f"{name}.py").exists() else f"{name}.__main__"
+    code = f"import sys; sys.argv = ['x', '--help']; import intern.{module} as m\ntry: m.main()\nfinally: sys.stderr.write(' '.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "Powered by Hydra" in done.stdout
     loaded = set(done.stderr.split())

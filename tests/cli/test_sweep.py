@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -189,10 +190,39 @@ def test_ctrl_c_reaches_a_job_in_its_own_process_and_ends_the_sweep(tmp_path):
 
 def test_submitit_runs_each_job_and_a_failed_one_alone_fails(tmp_path):
     slurm = ("hydra/launcher=slurm", "hydra.launcher.cluster=local")
-    done = again(tmp_path, "trainer.learning_rate=1e-3", "lora.r=0,4", *slurm)
-    assert done.returncode == 2, done.stderr  # nothing failed but bad input
-    assert "job 0 (lora.r=0) failed: lora.r=0: must be at least 1" in done.stderr
+    done = again(tmp_path, "trainer.learning_rate=1e30,1e-3", "lora.r=4", *slurm)
+    assert done.returncode == 1, done.stderr
+    assert f"job 0 (trainer.learning_rate=1e+30) failed: {REASON}" in done.stderr
     assert Run(tmp_path / "1").finished
+
+
+@pytest.mark.parametrize("launcher", ["serial", "process"])
+def test_all_mistakes_of_all_jobs_are_named_before_the_first_one_starts(tmp_path, launcher):
+    done = again(tmp_path, "lora.r=0,4", "trainer.learning_rate=1e-3,-1", f"hydra/launcher={launcher}")
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()
+    assert "3 of 4 jobs cannot run, so none was started:" in said
+    assert said[-2].startswith(
+        "  job 0 (lora.r=0 trainer.learning_rate=0.001), job 1 (lora.r=0 trainer.learning_rate=-1): lora.r=0: must"
+    )
+    assert said[-1].startswith(
+        "  job 3 (lora.r=4 trainer.learning_rate=-1): trainer.learning_rate=-1: must be at least 0"
+    )
+    assert not (tmp_path / "0" / "config.yaml").exists() and not (tmp_path / "1" / "config.yaml").exists()
+
+
+def test_a_sweep_says_how_far_it_is_and_which_job_is_the_best_so_far(sweep):
+    _, done = sweep
+    assert "4 jobs, all checked; the same in all: experiment=[tiny_cpu,rank_sweep]" in done.stderr
+    ended = [line.partition("] ")[2] for line in done.stderr.splitlines() if " of 4" in line and "; " in line]
+    assert re.match(
+        r"job 0 done after \d+ s, 1 of 4; 3 left, about .* one after another; best so far: job 0 ", ended[0]
+    )
+    assert re.match(r"job 1 failed after \d+ s, 2 of 4; 2 left", ended[1])
+    assert "left" not in ended[3] and re.search(
+        r"best so far: job [023] \(trainer.learning_rate=\S+\), golden loss ", ended[3]
+    )
+    assert f"python -m intern.evaluate run_dir={sweep[0]}" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,21 @@ def test_the_best_run_is_the_one_that_run_dir_takes(sweep, tmp_path, monkeypatch
     assert "run_dir=best" in advice(everything, given_paths(None), everything=True)[1]
 
 
+def test_a_run_is_called_by_its_name_and_two_of_one_name_are_told_apart(sweep):
+    made(sweep / "3", 0.95, name="try", notes="why")
+    assert [one.name for one in read_runs([str(sweep)], "score", None).finished] == ["1", "2", "0", "try"]
+    made(sweep / "4", 0.99, name="try", notes="another reason")
+    runs = read_runs([str(sweep)], "score", None)
+    assert [one.name for one in runs.finished][3:] == ["try (3)", "try (4)"]
+    assert not {"name", "notes"} & set(shown_keys(runs))
+
+
+def test_golden_and_training_losses_on_the_same_file_are_not_ranked_together(tmp_path):
+    made(tmp_path / "a", 0.5)
+    made(tmp_path / "b", None, data={"train_file": "/g"})
+    assert [len(group.runs) for group in read_runs([str(tmp_path)], "score", None).groups] == [1, 1]
+
+
 def test_another_column_sorts_the_better_way_and_chooses_another_best(sweep):
     runs = read_runs([str(sweep)], "token_f1", None)
     assert [one.name for one in runs.finished] == ["0", "1", "2"] and runs.best.name == "0"
@@ -123,7 +138,13 @@ def test_broken_and_unfinished_runs_are_named_and_the_others_compared(sweep):
     assert next(one.overrides for one in runs.others if one.name == "failed") == "lora.r=0 seed=2"
     assert len(runs.finished) == 3 and runs.best.name == "1"
     only = read_runs([str(sweep / "failed")], "score", None)
-    assert not only.finished and advice(only, [], everything=False) == ["No run is finished."]
+    assert not only.finished and advice(only, [], everything=False) == [
+        "Nothing can be compared: no run is finished, for the reasons above."
+    ]
+    stopped = read_runs([str(sweep / "killed")], "score", None)
+    assert advice(stopped, [], everything=False)[0].endswith(
+        f"1 run can be resumed, such as: python -m intern.train resume={sweep / 'killed'}"
+    )
 
 
 def test_files_hold_every_run_and_the_plots(sweep, tmp_path):
@@ -404,7 +425,7 @@ def test_a_value_that_no_run_has_is_named_with_the_command_that_measures_it(tmp_
     said = advice(runs, [str(tmp_path)], everything=False)
     assert said[0] == (
         f"sort_by=token_f1: none of the 2 finished runs has a token F1: python -m intern.evaluate "
-        f"run_dir={tmp_path / 'a'} measures it, for each run. Sorted by score instead."
+        f"run_dir={tmp_path} measures it. Sorted by score instead."
     )
     assert said[1].startswith("★ best by eval loss 0.500") and [one.name for one in runs.finished] == ["a", "b"]
     judged = advice(read_runs([str(tmp_path)], "judged", None), [], everything=False)[0]

@@ -45,6 +45,7 @@ BRIEF = {  # what makes the other commands short; a command of the docs that giv
     "compare": [],
     "preview": [*TINY[:1], *TINY[2:4], "lengths=null"],
     "doctor": [*TINY[:4]],
+    "runs": [],
 }
 
 
@@ -102,7 +103,7 @@ def commands():
 
 def test_the_pages_have_commands_of_every_kind():
     shown = {command.module for command in commands()}
-    assert shown >= {"train", "query", "evaluate", "compare", "preview", "doctor", "verify"}
+    assert shown >= {"train", "query", "evaluate", "compare", "preview", "doctor", "verify", "runs"}
     assert len(commands()) > 60
 
 
@@ -175,7 +176,7 @@ def one_of_each(command):
             yield f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
 
 
-@pytest.mark.parametrize("name", ["train", "query", "evaluate", "compare", "preview", "doctor", "verify"])
+@pytest.mark.parametrize("name", ["train", "query", "evaluate", "compare", "preview", "doctor", "verify", "runs"])
 def test_every_command_of_the_pages_composes(name):
     faults = []
     for command in commands():
@@ -189,7 +190,9 @@ def test_every_command_of_the_pages_composes(name):
 
 def test_keys_and_options_in_the_text_of_the_pages_exist():
     """`trainer.max_steps=300`, `quant=nf4_bf16` and the like, between backticks."""
-    primary = [composed(name=name) for name in ("train", "query", "evaluate", "compare", "preview", "doctor", "verify")]
+    primary = [
+        composed(name=name) for name in ("train", "query", "evaluate", "compare", "preview", "doctor", "verify", "runs")
+    ]
     faults = []
     for page in PAGES:
         for span in re.findall(r"`([^`\n]+)`", without_fences(page.read_text(encoding="utf-8"))):
@@ -197,7 +200,7 @@ def test_keys_and_options_in_the_text_of_the_pages_exist():
                 group = ROOT / "conf" / key
                 if group.is_dir():
                     options = value.strip("[]").split(",") if value else []
-                    known = all((group / f"{one}.yaml").is_file() or one == "basic" for one in options)
+                    known = all((group / f"{one}.yaml").is_file() for one in options)
                 else:
                     known = any(has_key(cfg, key) for cfg in primary) or key.startswith(("hydra.", "generation."))
                 if not known and " -m " not in span and not span.startswith(("python", "PYTHON")):
@@ -214,7 +217,8 @@ def has_key(cfg, key):
 def kind(command):
     """Commands that take the same way through the code: only one of each is run."""
     if command.module != "train":
-        return (command.module, *sorted({"against", "html", "row", "format", "sort_by"} & set(command.keys)))
+        kinds = {"against", "html", "row", "format", "sort_by", "show", "pack", "remove", "keep_best"}
+        return (command.module, *sorted(kinds & set(command.keys)))
     words = " ".join(command.words)
     marks = ("--multirun", "--cfg", "resume=", "rank_sweep", "optuna", "eval_strategy", "mine.jsonl", "max_steps=300")
     return ("train", *(mark for mark in marks if mark in words))
@@ -237,6 +241,8 @@ def shortened(command):
             named = [one for one in named if not one.startswith("experiment=")]
             added = ["experiment=[tiny_cpu,rank_sweep]", "lora.r=4", *TINY[1:]]
             added += [] if "trainer.learning_rate" in command.keys else ["trainer.learning_rate=1e-3"]
+    if {"remove", "keep_best"} & set(command.keys):
+        added.append("yes=true")
     if "against" in command.keys:  # the newest run is the one that it is compared with
         named = [one.replace("run_dir=latest", "run_dir=multirun/first") for one in named]
     given = {one.partition("=")[0] for one in named}
@@ -261,7 +267,7 @@ for module, arguments, unfinished in json.load(sys.stdin):
     start, code = time.monotonic(), 0
     sys.argv = [module, *arguments]
     try:
-        importlib.import_module(f"intern.{module}").main()
+        importlib.import_module("intern.runs.__main__" if module == "runs" else f"intern.{module}").main()
     except SystemExit as error:
         code = error.code or 0
     from intern.cli import sweep
@@ -281,7 +287,7 @@ def test_one_command_of_every_kind_runs(tmp_path):
         invented = re.search(r"CHECKPOINT|RUN|FOLDER|_ROWS", " ".join(command.words))
         if command.module not in (None, "verify") and not invented and not NEEDS_MORE.keys() & set(command.keys):
             chosen.setdefault(kind(command), command)
-    order = ["train", "query", "evaluate", "compare", "preview", "doctor"]
+    order = ["train", "query", "evaluate", "compare", "preview", "doctor", "runs"]
     todo = sorted(
         chosen.values(), key=lambda one: (order.index(one.module), "resume" in one.keys, "--multirun" in one.words)
     )

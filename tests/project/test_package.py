@@ -54,9 +54,10 @@ def test_every_command_runs_from_an_installed_wheel_in_another_directory(wheel, 
     assert [path.name for path in work.iterdir()] == ["outputs"]
     assert run("query", "question=Why?", "generation.max_new_tokens=8").strip()
     assert run("evaluate", "generation.max_new_tokens=8").startswith("| golden rows |")
+    assert run("runs.__main__").startswith("| run |")
     assert run("compare").startswith("| run |")
     assert "| green |" in run("doctor", "experiment=tiny_cpu")
     assert "all marked seen_chunk" in run("preview", "experiment=tiny_cpu")
     scripts = {path.name for path in (site / "bin").iterdir()}
-    names = ("train", "query", "evaluate", "compare", "preview", "doctor", "verify")
+    names = ("train", "query", "evaluate", "compare", "preview", "doctor", "verify", "runs")
     assert scripts == {f"intern-{name}" for name in names}

@@ -1,20 +1,23 @@
 """run_dir= and resume= find the run that is meant, and no other."""
 
 import os
+import time
 
 import pytest
 from omegaconf import OmegaConf
 
 from intern.errors import UserError
 from intern.runs.directory import Run
-from intern.runs.find import find_unfinished, resolve
+from intern.runs.find import find_unfinished, resolve, resolve_all
 
 
-def finished(path, loss, age=0):
+def finished(path, loss, age=0, golden="golden", **config):
+    """A finished run; `golden` is the content of its golden file, None: it has none."""
     path.mkdir(parents=True)
     run = Run(path)
-    run.write_config(OmegaConf.create({"seed": 1}))
-    run.write_json(run.metrics, {"eval_loss": loss, "train_loss": 9.0})
+    run.write_config(OmegaConf.create({"seed": 1, "data": {"eval_file": f"/data/{golden}.jsonl"}, **config}))
+    run.write_json(run.environment, {"data": {f"/data/{golden}.jsonl": f"digest of {golden}"}})
+    run.write_json(run.metrics, {"train_loss": 0.1} | ({"eval_loss": loss} if golden else {}))
     os.utime(run.metrics, (1e9 - age, 1e9 - age))
     return path
 
@@ -29,6 +32,77 @@ def test_latest_best_sweeps_and_paths_are_found(tmp_path):
     assert resolve("multirun/2024-01-01/11-00-00", tmp_path).path == job1
     assert resolve(job0, tmp_path).path == job0
     assert resolve("outputs/2024-01-02/10-00-00", tmp_path).path == newest
+
+
+def test_a_line_says_which_run_was_chosen(tmp_path, caplog):
+    caplog.set_level("INFO", "intern.runs.find")
+    finished(tmp_path / "outputs/a", 0.5, age=100, name="first try")
+    finished(tmp_path / "outputs/b", 0.9)
+    finished(tmp_path / "multirun/c/0", 0.7, age=50)
+    finished(tmp_path / "multirun/c/1", 0.8, age=50)
+    for asked in ("latest", "best", "multirun/c", "outputs/a"):
+        resolve(asked, tmp_path)
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(1e9))
+    assert caplog.messages == [
+        f"run_dir=latest: outputs/b, finished {when}",
+        "run_dir=best: first try (outputs/a), golden loss 0.5000 on golden.jsonl, the best of 4",
+        "run_dir=multirun/c: multirun/c/0, golden loss 0.7000 on golden.jsonl, the best of 2",
+    ]
+
+
+def test_a_run_is_found_by_its_name_and_a_sweep_by_that_of_its_jobs(tmp_path):
+    named = finished(tmp_path / "outputs/a", 0.5, name="rank 8: a try")
+    jobs = [finished(tmp_path / f"multirun/c/{job}", 0.9 - job / 10, name=f"ranks/{job}") for job in range(2)]
+    assert resolve("rank 8: a try", tmp_path).path == named
+    assert resolve("ranks", tmp_path).path == jobs[1] and resolve("ranks/0", tmp_path).path == jobs[0]
+    assert [run.path for run in resolve_all("ranks", tmp_path)] == jobs
+    finished(tmp_path / "outputs/b", 0.5, name="rank 8: a try")
+    with pytest.raises(UserError, match=r"2 runs have this name: give the folder of one: outputs/a, outputs/b"):
+        resolve("rank 8: a try", tmp_path)
+    with pytest.raises(UserError, match="no such folder, and no run below outputs/ or multirun/ has this name"):
+        resolve("rank", tmp_path)
+
+
+def test_an_unfinished_run_is_resumed_by_its_name(tmp_path):
+    (path := finished(tmp_path / "outputs/a", 0.5, name="first") / "metrics.json").unlink()
+    assert find_unfinished("first", tmp_path).path == path.parent
+    with pytest.raises(UserError, match="this run is unfinished"):
+        resolve("first", tmp_path)
+
+
+def test_the_best_run_is_chosen_among_those_with_the_same_golden_rows_only(tmp_path):
+    finished(tmp_path / "outputs/a", 0.9)
+    best = finished(tmp_path / "outputs/b", 0.8)
+    finished(
+        tmp_path / "outputs/trained", None, golden=None
+    )  # a training loss of 0.1, which says nothing about golden rows
+    assert resolve("best", tmp_path).path == resolve("outputs", tmp_path).path == best
+    finished(tmp_path / "outputs/other", 0.2, golden="easy")
+    with pytest.raises(UserError, match="the 3 finished runs were scored on different rows") as caught:
+        resolve("best", tmp_path)
+    assert str(caught.value).endswith(
+        "The best of 2 on golden.jsonl: run_dir=outputs/b; the best of 1 on easy.jsonl: run_dir=outputs/other"
+    )
+
+
+def test_held_out_rows_are_the_same_only_with_the_same_share_and_seed(tmp_path):
+    def held(name, loss, **data):
+        return finished(tmp_path / "outputs" / name, loss, data={"train_file": "/t", "eval_file": None, **data})
+
+    held("a", 0.5, eval_share=0.1, seed=42)
+    best = held("b", 0.4, eval_share=0.1, seed=42)
+    assert resolve("best", tmp_path).path == best
+    held("c", 0.3, eval_share=0.1, seed=43)
+    with pytest.raises(UserError, match="scored on different rows"):
+        resolve("best", tmp_path)
+
+
+def test_runs_without_golden_rows_are_ranked_by_their_training_loss(tmp_path):
+    only = finished(tmp_path / "outputs/a", None, golden=None)
+    assert resolve("best", tmp_path).path == only
+    (only / "metrics.json").write_text('{"train_loss": null}')
+    with pytest.raises(UserError, match="none of the 1 finished runs has a score that can be read"):
+        resolve("best", tmp_path)
 
 
 def test_an_unfinished_run_is_never_taken_for_a_finished_one(tmp_path):

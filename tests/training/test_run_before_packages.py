@@ -90,6 +90,7 @@ def test_it_resumes_and_ends_as_it_did(old_run):
     ours, theirs = (without_times(run.read_history()) for run in (old_run, expected))
     assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs] == [2, 4, 4, 6, 8, 8]
     metrics, before = (without_times([run.read_json(run.metrics)])[0] for run in (old_run, expected))
+    metrics = {key: metrics[key] for key in before}  # the base's loss, the interval and the epochs came later
     adapter, trained = (load_file(run.adapter / "adapter_model.safetensors") for run in (old_run, expected))
     same = ours == theirs and metrics == before and all(torch.equal(adapter[name], trained[name]) for name in trained)
     if not same:

@@ -46,11 +46,17 @@ def test_a_run_without_a_key_is_offline_and_finished(shown, trained_run):
 def test_it_has_configuration_and_metrics(shown, trained_run):
     run = Run(trained_run)
     assert shown["config"]["lora"]["r"] == 16
-    assert set(shown["config"]) == {"seed", "model", "quant", "lora", "trainer", "data", "logger"}
+    assert set(shown["config"]) == {"seed", "name", "notes", "model", "quant", "lora", "trainer", "data", "logger"}
     metrics = run.read_json(run.metrics)
     for name in ("optimizer_steps", "eval_loss", "tokens_per_second", "trainable_parameters"):
         assert shown["summary"][name] == pytest.approx(metrics[name]), name
     assert shown["summary"]["loss"] == pytest.approx(run.read_history()[-1]["loss"])
+
+
+def test_it_has_the_runs_name_and_notes(trained_run):
+    stored = wandb_file(trained_run).read_bytes()  # before each text its length
+    for text in (b"first try", b"To share it."):
+        assert bytes([len(text)]) + text in stored
 
 
 def test_it_has_sample_answers_as_a_table(shown, trained_run):

@@ -98,10 +98,11 @@ def open_tracker(settings: Settings, tracked: TrackedRun) -> WandbTracker:
         mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
     init = {name: value for name, value in settings.init.items() if name != "mode"}
     folder = tracked.run.path
+    init = {"notes": tracked.config.get("notes")} | {key: value for key, value in init.items() if value is not None}
     start = functools.partial(
         wandb.init,
         **init | {"group": init.get("group") or tracked.sweep},
-        name=f"{folder.parent.name}/{folder.name}",
+        name=tracked.config.get("name") or f"{folder.parent.name}/{folder.name}",
         id=tracked.run_id,
         dir=str(folder),
         config=tracked.config,
