@@ -156,6 +156,18 @@ def test_a_row_whose_oldest_turns_are_cut_is_the_row_without_them(answers, loss_
             same = row(most, HISTORY[cut.turns_cut :])
             assert (cut.input_ids, cut.labels) == (same.input_ids, same.labels)
             assert cut.context_tokens_cut == same.context_tokens_cut
+            if answers is not None:
+                shown = prompt.explain(made, "How much?", "18%.", "It rose 18% in 2024.", most, history=HISTORY)
+                assert [token.id for token in shown if not token.cut] == cut.input_ids
+                gone = made.decode([token.id for token in shown if token.cut and token.kind in ("question", "answer")])
+                assert gone.replace(f"{SYSTEM}\n\n", "") == "".join(a + b for a, b in HISTORY[: cut.turns_cut])
+                assert {token.kind for token in shown if token.cut} <= {
+                    "question",
+                    "answer",
+                    "template",
+                    "end of turn",
+                    "material",
+                }
         else:  # the system prompt moves to the turn that stays, so the row without the other turns does not fit either
             assert row(most, []) is None
     assert seen == {0, 1, 2, None}
