@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from intern.cli import sweep
+from intern.cli.start import remove_unused
 from intern.config.build import literal_text
 from intern.config.suggestions import unknown, with_origin
 from intern.errors import RunError, UserError, one_line
@@ -134,6 +135,8 @@ def command(
                 sys.exit(2)
             except KeyboardInterrupt:
                 sys.exit(130)
+            finally:
+                remove_unused()
             if sweep.record.failures:
                 sys.exit(sweep.record.exit_code)
 

@@ -61,6 +61,11 @@ class SweepRecord:
         return f"job {failure.job} ({own}) failed: {failure.reason}"
 
     @property
+    def all_refused(self) -> bool:
+        """Whether every job failed because of bad input; also if there was none, since the sweep itself was refused."""
+        return len(self.failures) == len(self.overrides) and all(failure.bad_input for failure in self.failures)
+
+    @property
     def exit_code(self) -> int:
         """0 if no job failed, 2 if only bad input was the cause, otherwise 1."""
         if not self.failures:
@@ -125,7 +130,7 @@ class Sweep(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         runs = list(runs_below(folder))
-        if runs:
+        if runs and not record.all_refused:  # nothing in the folder has changed
             from intern.display.plot import plot_sweep  # heavy: keeps --help fast
 
             best = min(runs, key=Run.score)
