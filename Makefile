@@ -5,7 +5,7 @@ UPSTREAM := .venv-upstream
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-upstream lint docs
+.PHONY: help install quickstart demo test test-upstream test-damage lint docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test-upstream: install ## what the newest release of every library would break, 
 	@$(UPSTREAM)/bin/python -m pytest -q tests/test_upstream.py; names=$$?; \
 	$(UPSTREAM)/bin/python -m pytest -q -n 2 --dist loadfile --ignore tests/test_upstream.py; suite=$$?; \
 	echo "private names: $$names, suite: $$suite (0: nothing breaks)"; test $$names -eq 0 -a $$suite -eq 0
+
+test-damage: install ## damage the checkpoints of a toy run in every way, and resume each of them (about half an hour)
+	$(RUN) scripts/damage_checkpoints.py
 
 docs: install ## the documentation as a site in build/docs
 	$(RUN) scripts/source_tree.py

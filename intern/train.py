@@ -3,10 +3,12 @@
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from intern.cli import sweep
 from intern.cli.command import command, quoted, text_of
+from intern.cli.start import Start
 from intern.errors import UserError
 from intern.model.preload import importing
 from intern.runs.directory import Run
@@ -23,7 +25,7 @@ def _in_place(arguments: list[str]) -> list[str]:
         raise UserError(f"resume={asked[-1]}: resumes one run; leave out --multirun")
     run = find_unfinished(asked[-1])
     kept = [text for text in arguments if not text.startswith("resume=")]
-    return [*kept, quoted("resume", str(run.path)), quoted("hydra.run.dir", str(run.path)), "hydra.output_subdir=null"]
+    return [*kept, quoted("resume", str(run.path)), quoted("hydra.run.dir", str(run.path))]
 
 
 @command("train", prepare=_in_place)
@@ -31,9 +33,13 @@ def main(cfg: DictConfig) -> float:
     """Fine-tune a model on question/answer rows with QLoRA."""
     hydra = HydraConfig.get()
     run, folder = Run(Path(hydra.runtime.output_dir)), sweep.folder(hydra)
+    start = Start(run, cfg)
     if folder is not None:
         discard_failed_attempt(run)
-    with record_failure(run):
+        if not run.config.is_file():
+            start()  # a job of a sweep leaves its reason, its log and its command line for the comparison of the sweep's runs
+    is_read = folder is not None and hydra.mode == RunMode.RUN  # by the launcher of a sweep, in another process
+    with record_failure(run, records_refusals=lambda: start.has_begun or is_read):
         with importing(cfg):
             from intern.training.finetune import finetune  # heavy: keeps --help fast
             from intern.training.resume import resumed_config
@@ -42,7 +48,7 @@ def main(cfg: DictConfig) -> float:
             cfg = resumed_config(run, cfg, hydra.overrides.task)
         elif folder is not None and cfg.name is not None:
             cfg.name = f"{cfg.name}/{run.path.relative_to(folder)}"  # of a sweep's jobs, each has its own
-        return finetune(cfg, run, folder.name if folder is not None else None)
+        return finetune(cfg, run, folder.name if folder is not None else None, start)
 
 
 if __name__ == "__main__":

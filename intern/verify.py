@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from intern.cli.command import command, quoted
+from intern.cli.start import open_logs
 from intern.config.secrets import from_environment
 from intern.errors import RunError, UserError
 from intern.model.preload import importing
@@ -27,6 +28,7 @@ def main(cfg: DictConfig) -> None:
     straight, stopped, again = (Run(folder / name) for name in ("straight", "resumed", "again"))
     short = short_config(cfg, cfg.steps, half)
     check_plan(short, straight)
+    open_logs()
     straight.path.mkdir()
     straight.write_config(short)
     again_given = [f"{key}={value}" for key, value in from_environment(short).items()]

@@ -34,6 +34,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from intern.cli import sweep
 from intern.cli.messages import say
+from intern.cli.start import remove_unused
 from intern.config.build import literal_text
 from intern.config.secrets import refuse, refuse_arguments
 from intern.config.suggestions import unknown, with_origin
@@ -161,6 +162,8 @@ def command(
                 sys.exit(2)
             except KeyboardInterrupt:
                 sys.exit(130)
+            finally:
+                remove_unused()
             if sweep.record.failures:
                 sys.exit(sweep.record.exit_code)
 

@@ -73,6 +73,11 @@ class SweepRecord:
         return f"job {job} ({own_overrides(self.overrides[job], self.planned or list(self.overrides.values()))})"
 
     @property
+    def all_refused(self) -> bool:
+        """Whether every job failed because of bad input; also if there was none, since the sweep itself was refused."""
+        return len(self.failures) == len(self.overrides) and all(failure.bad_input for failure in self.failures)
+
+    @property
     def exit_code(self) -> int:
         """0 if no job failed, 2 if only bad input was the cause, otherwise 1."""
         if not self.failures:
@@ -212,7 +217,7 @@ class Sweep(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         runs = list(runs_below(folder))
-        if runs:
+        if runs and not record.all_refused:  # nothing in the folder has changed
             from intern.display.plot import plot_sweep  # heavy: keeps --help fast
 
             plot_sweep([_point(run) for run in runs], folder / "sweep.png")

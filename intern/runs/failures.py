@@ -3,7 +3,7 @@
 import contextlib
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from intern.config.secrets import masked
 from intern.errors import BusyError, RunError, UserError, one_line
@@ -30,10 +30,14 @@ def explain_disk_errors(run: Run) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def record_failure(run: Run) -> Iterator[None]:
+def record_failure(run: Run, records_refusals: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Write failure.json with the reason if the training inside fails, and remove an older one if it succeeds.
 
     Nothing is written if another process is training there.
+
+    Args:
+        run: the run directory.
+        records_refusals: whether bad input is recorded too. A run that is refused before it starts changes nothing in its folder.
     """
     try:
         yield
@@ -45,7 +49,7 @@ def record_failure(run: Run) -> Iterator[None]:
             "error": masked(one_line(error)),
             "begins_anew": not isinstance(error, UserError) and unwritable(error) is None,
         }
-        if not run.finished:
+        if not run.finished and (records_refusals() or not isinstance(error, UserError)):
             with contextlib.suppress(OSError, UserError):  # a full disk may be the reason
                 run.write_json(run.failure, failure)
         raise

@@ -5,7 +5,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 
-from intern.errors import BusyError, UserError
+from intern.errors import BusyError
 from intern.runs.directory import Run
 from intern.runs.files import open_to_append
 
@@ -14,7 +14,7 @@ from intern.runs.files import open_to_append
 def lock(run: Run) -> Iterator[None]:
     """Lock the run directory. The system releases the lock when the process ends, however it ends.
 
-    A run that is refused inside the block leaves no lock file where there was none.
+    If the block ends by an error or Ctrl-C, no lock file is left where there was none.
 
     Raises:
         BusyError: another process has locked it.
@@ -33,7 +33,7 @@ def lock(run: Run) -> Iterator[None]:
             raise _busy(run)
         try:
             yield
-        except UserError:
+        except BaseException:  # also an interruption
             if is_new:
                 run.remove(path)
             raise

@@ -55,7 +55,7 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None, begin: Callabl
         cfg: the composed conf/train.yaml.
         run: where everything is written.
         sweep: name of the sweep that this run belongs to; None for a single run.
-        begin: called once nothing can be refused any more, before the first file is written.
+        begin: called once nothing can be refused any more, before the first file is written (a tracker's own files apart).
 
     Returns:
         The score that a sweep minimizes, in nats per token: the loss on the golden answers, or on the training rows if there is no eval_file.
@@ -82,10 +82,10 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None, begin: Callabl
         history = history_at(run, checkpoint)
         base = plan.base.load(plan.quant, plan.precision, plan.args.max_length)
         environment = _environment(run, cfg, plan, sweep, checkpoint)
-        begin()  # from here on nothing is refused any more
         run_id, sweep = environment["run_id"], environment["sweep"]
         tracked = TrackedRun(run, storable(cfg), run_id, sweep, step=step_of(checkpoint))
         trackers = stack.enter_context(track(plan.logger, tracked))
+        begin()  # from here on nothing is refused any more
         _write_start(run, cfg, plan, environment, history, unusable)
         model, metrics = _train(base, run, plan, trackers, checkpoint)
         with run.new_adapter() as folder:

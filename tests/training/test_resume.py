@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from intern.errors import UserError
 from intern.inspection.resume_check import diff_runs, stop_after
+from intern.runs.checkpoints import seal
 from intern.runs.directory import Run
 from intern.runs.find import find_unfinished
 from intern.training.finetune import finetune
@@ -147,6 +148,57 @@ def test_the_memory_plan_of_a_run_is_repeated_and_not_measured_again(tmp_path):
     fit.on_train_begin(args, TrainerState(global_step=5, stateful_callbacks=[]), None, train_dataloader=None)
     assert [layer.gradient_checkpointing for layer in decoder_layers(model)] == [True, True, True, False]
     assert (fit.plan.checkpointed, fit.plan.peak) == (3, 5)
+
+
+def test_a_damaged_checkpoint_and_a_changed_history_are_passed_over(half, tmp_path, caplog):
+    straight, run = half[1], copied(half[1], tmp_path / "run")
+    run.metrics.unlink()
+    weights = run.checkpoints / f"checkpoint-{STEPS}" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    lines = run.history.read_text().splitlines(keepends=True)
+    run.history.write_text("".join(['{"step": 1, "loss": 99.0}\n', *lines[::-1], lines[0]]))
+    train_briefly(run.path)
+    said = [message for message in caplog.messages if str(run.path) in message]
+    assert said[0] == (
+        f"{run.checkpoints}: checkpoint-{STEPS}/adapter_model.safetensors has other bytes than were written; "
+        f"resuming from checkpoint-{HALF} instead"
+    )
+    assert said[1].startswith(f"{run.history}: differs from what was logged up to step {HALF}")
+    assert not any(part.differ for part in diff_runs(straight, run, STEPS))
+    assert run.read_json(run.metrics)["train_loss"] == straight.read_json(straight.metrics)["train_loss"]
+    assert (run.checkpoints / f"damaged-checkpoint-{STEPS}" / "manifest.json").is_file()
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_is_refused_and_not_changed(half, tmp_path):
+    run = copied(half[0], tmp_path / "run")
+    (run.checkpoints / f"checkpoint-{HALF}" / "scheduler.pt").unlink()
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(
+        UserError, match=rf"no checkpoint is as it was written \(checkpoint-{HALF}/scheduler.pt is missing\)"
+    ):
+        train_briefly(run.path)
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_kill_before_the_manifest_leaves_the_checkpoint_before_whatever_the_limit_is(half, tmp_path, monkeypatch):
+    seals = []
+
+    def kill(checkpoint, root):
+        seals.append(checkpoint)
+        if len(seals) == 2:
+            raise KeyboardInterrupt
+        seal(checkpoint, root)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("intern.training.trainer.seal", kill)
+        train_briefly(tmp_path / "run", "trainer.save_total_limit=1")
+    run = Run(tmp_path / "run")
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [f"checkpoint-{HALF}", f"checkpoint-{STEPS}"]
+    assert run.last_checkpoint() == run.checkpoints / f"checkpoint-{HALF}"
+    train_briefly(run.path, "trainer.save_total_limit=1")
+    assert [path.name for path in run.checkpoints.iterdir()] == [f"checkpoint-{STEPS}"]
+    assert not any(part.differ for part in diff_runs(half[1], run, STEPS))
 
 
 def test_verify_proves_it_on_this_machine_and_finds_what_is_lost(tmp_path):
