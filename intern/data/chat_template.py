@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from intern.data.bounded import ProgramError, bounded_text
 from intern.data.row_tokens import token_ids
 from intern.errors import UserError
 from intern.paths import find
@@ -52,6 +53,7 @@ class Renderer:
     tokenizer: PreTrainedTokenizerBase
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # data.template_kwargs
     takes_lists: bool = False  # content as [{"type": "text", "text": ...}], as some vision models want it
+    _rendered: dict[tuple[Messages, bool], str] = field(default_factory=dict, compare=False)
 
     def conversation(self, messages: Messages) -> list[dict[str, Any]]:
         """Messages in the form that the template takes."""
@@ -61,25 +63,34 @@ class Renderer:
         ]
 
     def text(self, messages: Messages, asks: bool) -> str:
-        """The rendered text, up to where the answer begins if `asks`; raises what the template or Jinja raises."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                self.conversation(messages), tokenize=False, add_generation_prompt=asks, **self.kwargs
+        """The rendered text, up to where the answer begins if `asks`.
+
+        Raises:
+            ProgramError: what the template or Jinja raises.
+            UserError: the template takes too much time or memory.
+        """
+
+        def render() -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    self.conversation(messages), tokenize=False, add_generation_prompt=asks, **self.kwargs
+                )
             )
-        )
+
+        key = (tuple(messages), asks)
+        if key not in self._rendered:
+            self._rendered[key] = bounded_text(render, f"the chat template of {self.tokenizer.name_or_path}")
+        return self._rendered[key]
 
     def ids(self, messages: Messages, asks: bool) -> list[int]:
         """The same as token ids."""
-        found: Any = self.tokenizer.apply_chat_template(
-            self.conversation(messages), add_generation_prompt=asks, return_dict=True, **self.kwargs
-        )
-        return list(found["input_ids"])
+        return token_ids(self.tokenizer, self.text(messages, asks), special=True)
 
     def attempt(self, messages: Messages, asks: bool) -> str:
         """The rendered text; "" if the template refuses these messages."""
         try:
             return self.text(messages, asks)
-        except Exception:  # a template is a program of its author: it may raise anything
+        except ProgramError:
             return ""
 
 
@@ -143,8 +154,8 @@ def build_renderer(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
         try:
             Renderer(tokenizer, kwargs).text(question, asks=False)
             reason = "it shows no question and answer"
-        except Exception as error:  # whatever its author's program raises is the reason to show
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        except ProgramError as error:
+            reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the chat template of {name} refuses a user and an assistant turn ({reason}): take an Instruct model"
         )

@@ -312,8 +312,7 @@ class Prompt:
                 return None
             if material and len(material.strip()) > most:
                 material = material.strip()[:most]
-            while sum(len(text) for turn in turns for text in turn) > most:  # the oldest go first, as in `cut_to_fit`
-                turns = turns[1:]
+            turns = _newest(turns, most)
         user, told = user_turn(question, material), None if answer is None else self.answer_prefix + answer.strip()
         if self.system_in_user and head:
             if turns:
@@ -368,6 +367,16 @@ class Prompt:
             stored.get("is_joined") is True,
             stored.get("template_kwargs") or {},
         )
+
+
+def _newest(turns: list[tuple[str, str]], most: int) -> list[tuple[str, str]]:
+    """The last turns that have at most `most` characters together: the oldest go first, as in `cut_to_fit`."""
+    characters = 0
+    for count, (question, answer) in enumerate(reversed(turns)):
+        characters += len(question) + len(answer)
+        if characters > most:
+            return turns[len(turns) - count :]
+    return turns
 
 
 def _agree(ours: list[int], theirs: list[int], stop_ids: tuple[int, ...]) -> bool:

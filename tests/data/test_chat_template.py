@@ -1,6 +1,7 @@
 """Chat templates of many families, in small: where the system prompt goes, how an answer opens and ends, and several turns."""
 
 import json
+import time
 
 import pytest
 from omegaconf import OmegaConf
@@ -264,3 +265,27 @@ def test_a_tokenizer_without_a_template_takes_one_from_a_file(tmp_path):
         Prompt.from_tokenizer(made, SYSTEM, "never").template
         == Prompt.from_tokenizer(tokenizer("llama3"), SYSTEM, "never").template
     )
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes too much time"),
+        ("{{ 9 ** (9 ** 8) }}", "takes too much time"),
+        ("{{ 'a' * 10 ** 10 }}", "takes too much memory"),
+        ("{{ messages[0].content * 10 ** 6 }}", "takes too much text"),
+        ("{% if messages | length > 2 %}{{ 'a' * 10 ** 10 }}{% else %}{{ bos_token }}{% for m in messages %}{{ m.role }}{{ m.content }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}assistant{% endif %}{% endif %}", "takes too much memory"),
+        ("{{ 1/0 }}", r"refuses a user and an assistant turn \(ZeroDivisionError: division by zero\)"),
+        ("{{ ''.__class__.__mro__ }}", r"SecurityError"),
+        ("{% include '/etc/passwd' %}", r"TypeError: no loader"),
+        ("{% for", "TemplateSyntaxError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+    ],
+)  # fmt: skip
+def test_a_template_has_bounded_time_and_memory(template, reason):
+    tokenizer = AutoTokenizer.from_pretrained("data/tiny_llama3")
+    tokenizer.chat_template = template
+    start = time.process_time()
+    with pytest.raises(UserError, match=reason):
+        Prompt.from_tokenizer(tokenizer, "Be brief.", "never")
+    assert time.process_time() - start < 2
