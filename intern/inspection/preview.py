@@ -11,6 +11,7 @@ from intern.data.packing import pack
 from intern.data.tokenize import Tokenized
 from intern.display.plot import plot_lengths
 from intern.display.progress import progress_bars
+from intern.display.text import printable
 from intern.errors import UserError
 from intern.inspection.check import Check, show_checks
 from intern.inspection.duplicate_checks import check_duplicates, check_leaks
@@ -40,6 +41,7 @@ def examine(cfg: DictConfig, console: Console) -> list[Check]:
     count, row = _selected(cfg)
     data = prepare(cfg)
     preview = look(data, count, row, Path(cfg.lengths) if cfg.lengths else None)
+    sys.stdout.write(f"{printable(data.data.found)}\n\n")
     if console.is_terminal:
         show_rows(preview, console)
     else:
