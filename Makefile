@@ -5,7 +5,7 @@ UPSTREAM := .venv-upstream
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-upstream test-damage lint docs
+.PHONY: help install quickstart demo test test-real test-upstream test-damage lint docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,11 @@ demo: install ## train a small real model (SmolLM2-135M) on this machine's CPU a
 
 test: install lint ## lint, types, the whole test suite
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+test-real: install ## train SmolLM2-135M here and in a plain loop, and compare losses and answers (minutes)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo]'
+	$(RUN) scripts/get_smollm2.py
+	$(RUN) -m pytest -q -s -m real tests/real
 
 # Every library at its newest release, whatever pyproject.toml allows; torch first, for the reason above.
 test-upstream: install ## what the newest release of every library would break, in an environment of its own

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from intern.data.conversation import Conversation, Turn, checked_text, conversation, kind_of, message_text
+from intern.data.foreign import are_preferences, check_message, check_row, explain_table
 from intern.data.readers import columns_of
 from intern.errors import UserError
 
@@ -38,6 +39,11 @@ class Fields:
 
     def __init__(self, row: Mapping[str, Any], names: Mapping[str, str], shown: Mapping[str, str], place: str) -> None:
         self._row, self._names, self._shown, self.place = row, names, shown, place
+
+    @property
+    def renamed(self) -> set[str]:
+        """The slots that data.columns names."""
+        return set(self._shown)
 
     def value(self, slot: str) -> Any:
         """The raw value, or None if the row has none."""
@@ -151,6 +157,7 @@ def conversation_row(layout: Layout, row: Mapping[str, Any], place: str) -> dict
     Raises:
         UserError: beginning with `place`, if something is missing, empty or of the wrong type.
     """
+    check_row(row, layout.format.name, place)
     fields = layout.fields(row, place)
     conversation = layout.format.read(fields)
     context: str | None
@@ -188,6 +195,9 @@ def detect(row: Mapping[str, Any], settings: RowSettings, place: str) -> Layout:
         raise UserError(f"data.format={settings.format}: {hint}")
     candidates = list(FORMATS.values()) if settings.format == AUTO else [FORMATS[settings.format]]
     _check_columns(settings, candidates)
+    what = explain_table(row)
+    if what is not None and are_preferences(row) and "chosen" not in settings.columns.values():
+        raise UserError(f"{place}: columns {columns_of(row)} are of {what}")
     for one in candidates:
         known = _slots(one) | set(one.inside)
         if settings.format != AUTO or (
@@ -198,7 +208,10 @@ def detect(row: Mapping[str, Any], settings: RowSettings, place: str) -> Layout:
     for slot, name in settings.columns.items():
         if any(slot in _slots(one) for one in candidates) and name.strip().casefold() not in folded:
             raise UserError(f"data.columns: {place} has no column {name!r}; it has {columns_of(row)}")
-    if set(row) & {name for names in FORMATS["qa"].slots.values() for name in names}:
+    is_half = bool(set(row) & {name for names in FORMATS["qa"].slots.values() for name in names})
+    if what is not None and not (is_half and "text" in row):
+        raise UserError(f"{place}: columns {columns_of(row)} are of {what}")
+    if is_half:
         return Layout(FORMATS["qa"], settings)  # half a row: reading it says which column is missing
     raise UserError(
         f"{place}: columns {columns_of(row)} are of no known row format: name the question and the answer with "
@@ -262,6 +275,9 @@ def _sharegpt(fields: Fields) -> Conversation:
     return conversation(entries, fields.place)
 
 
+_INSIDE = (("role", "content"), ("from", "value"))  # what lists of messages call speaker and text
+
+
 def _prompt_completion(fields: Fields) -> Conversation:
     prompt, completion = fields.value("prompt"), fields.value("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -275,9 +291,13 @@ def _entries(fields: Fields, entries: Any, slot: str, role: str, content: str) -
         entries = [dict(zip(entries, values, strict=False)) for values in zip(*entries.values(), strict=False)]
     if not isinstance(entries, list):
         raise UserError(f"{fields.place}: field {fields.name(slot)!r} is {kind_of(entries)}, not a list of messages")
+    first = entries[0] if entries and isinstance(entries[0], Mapping) else {}
+    if not {role, content} & fields.renamed and role not in first:
+        role, content = next((pair for pair in _INSIDE if set(pair) <= set(first)), (role, content))
     found = []
     for index, entry in enumerate(entries, 1):
         name = fields.item(entry, role, index)
+        check_message(entry, str(name), fields.place, index)
         text = fields.item(entry, content, index)
         found.append((str(name), message_text(text, fields.place, index)))
     return found
@@ -292,12 +312,12 @@ def register(one: RowFormat) -> None:
 
 
 for _one in (
-    RowFormat("qa", {"question": ("question",), "answer": ("answer",)}, ("question", "answer"), _qa),
+    RowFormat("qa", {"question": ("question",), "answer": ("answer", "response")}, ("question", "answer"), _qa),
     RowFormat("messages", {"messages": ("messages",)}, ("messages",), _messages, ("role", "content")),
     RowFormat("sharegpt", {"conversations": ("conversations", "conversation")}, ("conversations",), _sharegpt, ("from", "value")),
     RowFormat(
         "alpaca",
-        {"instruction": ("instruction",), "input": ("input",), "output": ("output",), "history": ("history",)},
+        {"instruction": ("instruction",), "input": ("input",), "output": ("output", "response"), "history": ("history",)},
         ("instruction", "output"),
         _alpaca,
     ),

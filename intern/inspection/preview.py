@@ -42,6 +42,7 @@ def examine(cfg: DictConfig, console: Console) -> list[Check]:
     count, row = _selected(cfg)
     data = prepare(cfg)
     preview = look(data, count, row, Path(cfg.lengths) if cfg.lengths else None)
+    sys.stdout.write(f"{visible(data.data.found)}\n\n")
     if console.is_terminal:
         show_rows(preview, console)
     else:

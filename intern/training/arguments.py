@@ -1,6 +1,6 @@
 """conf/trainer -> trl.SFTConfig and our own keys."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from omegaconf import DictConfig
 from transformers.utils import is_liger_kernel_available
@@ -129,6 +129,9 @@ def build_training_args(node: DictConfig, run: Run, precision: Precision, seed: 
         "dataset_kwargs": {"skip_prepare_dataset": not values.get("packing", False)},
     }
     args = build(SFTConfig, values, "trainer")
+    for field in fields(SFTConfig):
+        if "dict" in str(field.type) and isinstance(value := getattr(args, field.name), str) and value:
+            raise UserError(f"trainer.{field.name}={value!r}: must be names and values, such as {{name: value}}")
     check_optimizer(args, steps_here=precision.device == "cpu")
     args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU: nn.DataParallel cannot train models that TRL patched
     return args

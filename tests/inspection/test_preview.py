@@ -328,6 +328,12 @@ def test_packs_that_stay_empty_are_named(files):
 
 def test_examine_shows_and_returns_the_checks(files, capsys):
     found = examine(composed(*files(), "rows=0"), Console())
-    assert len(found) == 11 and "train.jsonl:" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert (
+        len(found) == 11
+        and shown.startswith("train.jsonl: ")
+        and " rows, qa (question, answer" in shown.split("\n")[0]
+        and "## train.jsonl:" not in shown
+    )
     with pytest.raises(UserError, match="rows=-1: must be a whole number"):
         examine(composed("rows=-1"), Console())

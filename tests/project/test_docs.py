@@ -15,6 +15,7 @@ from helpers import ROOT, composed
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import OmegaConf
+from tiny_families import FAMILIES
 
 from intern.cli.command import quoted
 
@@ -345,6 +346,14 @@ def test_files_that_the_pages_name_exist():
             if path and not (ROOT / span).exists():
                 faults.append(f"{page.relative_to(ROOT)}: {span}")
     assert not faults, "\n".join(faults)
+
+
+def test_the_table_of_families_lists_those_that_are_tested():
+    rows = re.findall(
+        r"^\| .* <!-- (\w+) --> (.*)$", (ROOT / "docs" / "models.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert [name for name, _ in rows] == list(FAMILIES)
+    assert {cells for _, cells in rows} == {"| ✓ | ✓ | ✓ | ✓ | ✓ | ✓ |"}
 
 
 def test_the_source_tree_in_the_architecture_page_is_the_real_one():

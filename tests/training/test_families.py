@@ -1,17 +1,21 @@
-"""Every family of models: trained, resumed, asked and evaluated with no override of its own, with the losses of plain transformers and PEFT."""
+"""Every family of models with no override of its own: previewed, trained, resumed, asked and evaluated, with the losses of plain
+transformers and PEFT. docs/models.md has a table of it."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from helpers import ROOT, train
+from helpers import ROOT, SHORT, composed, train
 from peft import PeftModel
+from rich.console import Console
 from tiny_families import FAMILIES, write_family
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from intern.data.prompt import IGNORED
+from intern.evaluation.evaluate import evaluate
 from intern.inference.answer import query_intern
+from intern.inspection.preview import examine
 from intern.runs.directory import Run
 
 STEPS, STOP = 4, 2
@@ -83,8 +87,16 @@ def encoded(run, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_trains_resumes_and_answers_with_the_losses_of_the_plain_libraries(name, rows, tmp_path):
+def test_a_family_previews_trains_resumes_answers_and_evaluates_with_the_losses_of_the_plain_libraries(
+    name, rows, tmp_path, capsys
+):
     base = write_family(name, tmp_path)
+    shown = examine(
+        composed(*SHORT, *overrides(base, rows), "rows=1", "lengths=null", name="preview"), Console(quiet=True)
+    )
+    assert {check.name for check in shown} >= {"BOS", "packing"} and capsys.readouterr().out.startswith(
+        "train.jsonl: 12 rows"
+    )
     run = train(tmp_path / "run", *overrides(base, rows))
     history = {line["step"]: line["loss"] for line in run.read_history() if "loss" in line}
     trained = encoded(run, rows / "train.jsonl")
@@ -104,3 +116,8 @@ def test_a_family_trains_resumes_and_answers_with_the_losses_of_the_plain_librar
 
     answer = query_intern("How much did Uber's gross bookings grow in 2024?", run_dir=str(run.path))
     assert isinstance(answer, str)
+    scores = evaluate(composed("generation.max_new_tokens=2", "resamples=100", name="evaluate"), run, None)
+    losses, tokens = zip(
+        *((row.after.prediction.loss, row.after.prediction.loss_tokens) for row in scores.rows), strict=True
+    )
+    assert sum(losses) / sum(tokens) == pytest.approx(scored, rel=1e-5)

@@ -104,6 +104,7 @@ def test_any_value_of_any_generation_key_is_accepted_or_one_line():
         ("trainer.optim=galore_adamw", "trainer.optim=galore_adamw: cannot be made here"),
         ("+lora.velora_config={}", "lora.velora_config: not supported"),
         ("+trainer.lr_scheduler_kwargs={nope:1}", "trainer.lr_scheduler_kwargs={'nope': 1}: is refused"),
+        ("+trainer.activation_checkpointing_kwargs=x", "trainer.activation_checkpointing_kwargs='x': must be names"),
         ("+trainer.pad_to_multiple_of=0", "trainer.pad_to_multiple_of=0: must be at least 1"),
         ("+trainer.push_to_hub=true", "trainer.push_to_hub: cannot be set here; nothing is uploaded"),
         ("+trainer.bf16_full_eval=true", "trainer.bf16_full_eval: cannot be set here"),
