@@ -12,6 +12,7 @@ from intern.model.preload import importing
 from intern.runs.directory import Run
 from intern.runs.failures import discard_failed_attempt, record_failure
 from intern.runs.find import find_unfinished
+from intern.training.quick_check import check_quickly
 
 
 def _in_place(arguments: list[str]) -> list[str]:
@@ -34,6 +35,8 @@ def main(cfg: DictConfig) -> float:
     if folder is not None:
         discard_failed_attempt(run)
     with record_failure(run):
+        if cfg.resume is None:
+            check_quickly(cfg, asks_gpu=True)
         with importing(cfg):
             from intern.training.finetune import finetune  # heavy: keeps --help fast
             from intern.training.resume import resumed_config
