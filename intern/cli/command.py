@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from intern.cli import sweep
+from intern.cli.help import help_text
 from intern.config.build import literal_text
 from intern.config.suggestions import unknown, with_origin
 from intern.errors import RunError, UserError, one_line
@@ -116,6 +117,9 @@ def command(
         def main() -> None:
             # A log file that cannot be written, on a full disk, must not bury the error line under logging's own tracebacks.
             logging.raiseExceptions = False
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                example = str(sys.modules[task.__module__].__doc__).strip()
+                sys.stdout.write(help_text(config_name, str(task.__doc__).strip(), example))
             try:
                 sys.argv[1:] = prepare(literal(sys.argv[1:], words))
                 with _full_errors("1"):  # Hydra raises its own errors instead of printing them
