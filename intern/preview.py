@@ -4,6 +4,7 @@ from omegaconf import DictConfig
 
 from intern.cli.command import command
 from intern.model.preload import importing
+from intern.training.quick_check import check_quickly
 
 
 @command("preview")
@@ -13,6 +14,7 @@ def main(cfg: DictConfig) -> None:
 
     from intern.inspection.check import raise_if_red
 
+    check_quickly(cfg, asks_gpu=False)
     with importing():
         from intern.inspection.preview import examine  # heavy: keeps --help fast
 

@@ -14,6 +14,7 @@ from intern.model.preload import importing
 from intern.runs.directory import Run
 from intern.runs.failures import discard_failed_attempt, record_failure
 from intern.runs.find import find_unfinished
+from intern.training.quick_check import check_quickly
 
 
 def _in_place(arguments: list[str]) -> list[str]:
@@ -40,6 +41,8 @@ def main(cfg: DictConfig) -> float:
             start()  # a job of a sweep leaves its reason, its log and its command line for the comparison of the sweep's runs
     is_read = folder is not None and hydra.mode == RunMode.RUN  # by the launcher of a sweep, in another process
     with record_failure(run, records_refusals=lambda: start.has_begun or is_read):
+        if cfg.resume is None:
+            check_quickly(cfg, asks_gpu=True)
         with importing(cfg):
             from intern.training.finetune import finetune  # heavy: keeps --help fast
             from intern.training.resume import resumed_config

@@ -13,11 +13,13 @@ from intern.config.secrets import from_environment
 from intern.errors import RunError, UserError
 from intern.model.preload import importing
 from intern.runs.directory import Run
+from intern.training.quick_check import check_quickly
 
 
 @command("verify")
 def main(cfg: DictConfig) -> None:
     """Train once straight and once with a stop, each in a process of its own, and compare everything that is left."""
+    check_quickly(cfg, asks_gpu=True)
     with importing():
         from intern.display.table import show
         from intern.inspection.resume_check import FEWEST_STEPS, check_plan, diff_runs, short_config, stop_after

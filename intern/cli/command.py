@@ -33,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from intern.cli import sweep
+from intern.cli.help import help_text
 from intern.cli.messages import say
 from intern.cli.start import remove_unused
 from intern.config.build import literal_text
@@ -143,6 +144,9 @@ def command(
         def main() -> None:
             # A log file that cannot be written, on a full disk, must not bury the error line under logging's own tracebacks.
             logging.raiseExceptions = False
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                example = str(sys.modules[task.__module__].__doc__).strip()
+                sys.stdout.write(help_text(config_name, str(task.__doc__).strip(), example))
             try:
                 refuse_arguments(sys.argv[1:])
                 check_groups(sys.argv[1:])

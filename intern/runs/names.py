@@ -7,15 +7,28 @@ from intern.runs.directory import Run
 from intern.runs.untrusted import yaml_mapping
 
 MAX_NAME = 100  # characters; W&B allows 128, and the job of a sweep has its number appended
+_LONGEST_NOTES = 2000  # characters
 _WORDS = ("latest", "best", "null")  # of run_dir=
 
 
-def name_fault(name: str) -> str | None:
-    """Return why a text cannot be a run's name, as the end of a message; None if it can.
+def words_fault(name: object, notes: object) -> str | None:
+    """Return why name= or notes= cannot be what they are given as, as a message; None if they can.
 
     Args:
-        name: of at least one character.
+        name, notes: values of the keys; None if they are not given.
     """
+    for key, value, longest in (("name", name, MAX_NAME), ("notes", notes, _LONGEST_NOTES)):
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            return f"{key}={value}: must be text; in a file, put it in quotes"
+        if not value.strip() or len(value) > longest:
+            return f"{key}={value[:40]}: must have 1 to {longest} characters"
+    fault = _name_fault(name) if isinstance(name, str) else None
+    return f"name={name}: {fault}" if fault else None
+
+
+def _name_fault(name: str) -> str | None:
     if not name.isprintable():
         return "must be one line of printable characters"
     if name != name.strip() or name.startswith(("-", "~", ".", "/")) or name.endswith("/"):

@@ -12,14 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
-from transformers.training_args import OptimizerNames
 
 from intern.config.build import check_names
 from intern.errors import UserError
 from intern.evaluation.metrics import training_metrics
 from intern.paths import CONF_DIR
-from intern.runs.names import MAX_NAME, name_fault
+from intern.runs.names import words_fault
 
 Groups = Mapping[str, Any]  # {"lora": {"r": 16, ...}, ..., "seed": 42}
 
@@ -58,15 +56,6 @@ RANGES: dict[str, tuple[str, str]] = {
     "data.num_proc": ("[1, inf)", "null chooses by the number of rows"),
     "logger.sample_answers": ("[0, inf)", "0 logs none"),
 }
-CHOICES: dict[str, tuple[str, ...]] = {
-    "quant.bnb_4bit_quant_type": ("nf4", "fp4"),
-    "quant.bnb_4bit_compute_dtype": ("float16", "bfloat16", "float32"),
-    "trainer.optim": tuple(kind.value for kind in OptimizerNames),
-    "trainer.lr_scheduler_type": tuple(kind.value for kind in SchedulerType),
-    "trainer.eval_strategy": tuple(kind.value for kind in IntervalStrategy),
-    "trainer.save_strategy": tuple(kind.value for kind in SaveStrategy),
-}
-_LONGEST_NOTES = 2000  # characters
 _GROUPS = ("model", "quant", "lora", "trainer", "data", "logger")
 
 
@@ -110,19 +99,8 @@ def the_seed_is_a_whole_number(cfg: Groups) -> str | None:
 
 
 def name_and_notes_are_text(cfg: Groups) -> str | None:
-    """A name is short, can be printed, and cannot be taken for a path's start or for a word that run_dir= knows."""
-    for key, longest in (("name", MAX_NAME), ("notes", _LONGEST_NOTES)):
-        value = cfg.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, str):
-            return f"{key}={value}: must be text; in a file, put it in quotes"
-        if not value.strip() or len(value) > longest:
-            return f"{key}={value[:40]}: must have 1 to {longest} characters"
-    name = cfg.get("name")
-    if name is not None and (complaint := name_fault(name)) is not None:
-        return f"name={name}: {complaint}"
-    return None
+    """A name is short, can be printed, and cannot be taken for a path's start or for a word that run_dir= knows; notes are text."""
+    return words_fault(cfg.get("name"), cfg.get("notes"))
 
 
 def max_steps_is_a_number_of_steps_or_minus_one(cfg: Groups) -> str | None:
@@ -164,7 +142,23 @@ def the_best_model_has_been_evaluated(cfg: Groups) -> str | None:
 
 def named_choices_exist(cfg: Groups) -> str | None:
     """Optimizers, schedules and strategies are known by name."""
-    for key, choices in CHOICES.items():
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType  # heavy
+    from transformers.training_args import OptimizerNames
+
+    named = {
+        "quant.bnb_4bit_quant_type": ("nf4", "fp4"),
+        "quant.bnb_4bit_compute_dtype": ("float16", "bfloat16", "float32"),
+        **{
+            f"trainer.{key}": tuple(str(kind.value) for kind in kinds)
+            for key, kinds in (
+                ("optim", OptimizerNames),
+                ("lr_scheduler_type", SchedulerType),
+                ("eval_strategy", IntervalStrategy),
+                ("save_strategy", SaveStrategy),
+            )
+        },
+    }
+    for key, choices in named.items():
         group, _, name = key.partition(".")
         value = cfg[group].get(name)
         if value is not None and str(value) not in choices:
@@ -276,23 +270,26 @@ OF_VALUES: tuple[Callable[[Groups], str | None], ...] = (
 )
 
 
-def check_values(cfg: Groups) -> None:
+def check_values(cfg: Groups, without_libraries: bool = False) -> None:
     """Check the values of a configuration, without looking at the model, the data or the machine.
 
     Args:
         cfg: the groups of conf/train.yaml and its own keys, as built-in types.
+        without_libraries: leave out the rule whose names are those of transformers, which takes seconds to import.
 
     Raises:
         UserError: a top-level key that conf/train.yaml does not have, or the first rule that is broken.
     """
-    check_names(cfg, _top_level())
+    check_names(cfg, top_level())
     groups = {name: {} for name in _GROUPS} | {name: value for name, value in cfg.items() if value is not None}
     for rule in OF_VALUES:
+        if without_libraries and rule is named_choices_exist:
+            continue
         if (complaint := rule(groups)) is not None:
             raise UserError(complaint)
 
 
-def _top_level() -> set[str]:
+def top_level() -> set[str]:
     """The names in conf/train.yaml: its own keys and its groups."""
     content = yaml.safe_load((CONF_DIR / "train.yaml").read_text(encoding="utf-8"))
     groups = {name for entry in content["defaults"] if isinstance(entry, dict) for name in entry if " " not in name}

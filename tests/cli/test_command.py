@@ -6,10 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT, command
 
 from intern.cli.command import check_groups
+from intern.cli.help import help_text, own_keys
 from intern.errors import UserError
+from intern.paths import CONF_DIR
 
 COMMANDS = sorted(path.stem for path in (ROOT / "intern").glob("*.py") if '__name__ == "__main__"' in path.read_text())
 COMMANDS += [path.parent.name for path in (ROOT / "intern").glob("*/__main__.py")]
@@ -24,10 +27,25 @@ def test_help_loads_nothing_heavy(name):
     module = name if (ROOT / "intern" / f"{name}.py").exists() else f"{name}.__main__"
     code = f"import sys; sys.argv = ['x', '--help']; import intern.{module} as m\ntry: m.main()\nfinally: sys.stderr.write(' '.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "Powered by Hydra" in done.stdout
+    assert "Powered by Hydra" in done.stdout and f"python -m intern.{name} " in done.stdout.split("Powered by")[0]
     loaded = set(done.stderr.split())
     assert "hydra" in loaded
     assert not loaded & {"torch", "transformers", "datasets", "wandb", "peft", "trl", "pandas", "matplotlib"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_every_own_key_with_a_sentence(name):
+    content = yaml.safe_load((CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8"))
+    keys = {}
+    for key, value in content.items():
+        if key not in ("defaults", "hydra"):
+            keys |= {f"{key}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {key: value}
+    found = {key: comment for key, _, comment in own_keys(CONF_DIR / f"{name}.yaml")}
+    assert found.keys() == {"yes" if key is True else key for key in keys} and all(
+        len(text) > 10 for text in found.values()
+    ), found
+    said = help_text(name, "Summary.", "python -m example")
+    assert all(f"  {key} " in said for key in found)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
