@@ -246,5 +246,6 @@ class Run:
         except UserError:
             return math.inf
         loss = metrics.get("eval_loss", metrics.get("train_loss"))
-        is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
-        return float(loss) if is_number and abs(loss) < sys.float_info.max else math.inf
+        if not isinstance(loss, int | float) or isinstance(loss, bool):
+            return math.inf
+        return float(loss) if abs(loss) < sys.float_info.max else math.inf

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -172,7 +172,7 @@ def _with_counts(logged: dict[str, Any], state: TrainerState, run: Run) -> dict[
     Raises:
         UserError: some were, so nothing but the lost line knows how many until then.
     """
-    steps = find_state(dict(state.stateful_callbacks or {}), OptimizerSteps.checkpoint_key)
+    steps = find_state(cast(dict[str, Any], state.stateful_callbacks or {}), OptimizerSteps.checkpoint_key)
     if steps is None or steps["attributes"]["skipped"]:
         raise UserError(
             f"{run.history}: lacks the line of step {logged['step']}, which a checkpoint of an earlier version does not have either: put "
