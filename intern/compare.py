@@ -11,10 +11,10 @@ from intern.errors import UserError
 @command("compare", free_text=("runs",))
 def main(cfg: DictConfig) -> None:
     """Compare runs: table, plots, and the best one."""
-    from intern.evaluation.run_files import write_overview
-    from intern.evaluation.run_report import advice, notes
-    from intern.evaluation.run_table import given_paths, read_runs  # not for --help: YAML, matplotlib and rich
-    from intern.evaluation.run_terminal import show_runs
+    from intern.comparison.files import write_overview
+    from intern.comparison.groups import given_paths, read_runs  # not for --help: YAML, matplotlib and rich
+    from intern.comparison.table import advice, notes
+    from intern.comparison.terminal import show_runs
     from intern.runs.disk import explain_disk_errors
 
     if isinstance(cfg.top, bool) or not isinstance(cfg.top, int) or cfg.top < 1:

@@ -6,10 +6,10 @@ from omegaconf import DictConfig
 
 from intern.cli.command import command
 from intern.cli.messages import say
-from intern.data.history import read_history
+from intern.data.question_history import read_history
 from intern.display.text import in_lines
 from intern.errors import UserError
-from intern.inference.generation import check_generation
+from intern.inference.generation_values import check_generation
 from intern.model.preload import importing
 from intern.runs.find import resolve
 

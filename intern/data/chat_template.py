@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from intern.data.bounded import ProgramError, bounded_text
 from intern.data.row_tokens import token_ids
+from intern.data.template_sandbox import ProgramError, bounded_text
 from intern.errors import UserError
 from intern.paths import find
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from intern.data.conversation import Conversation, Turn, checked_text, conversation, kind_of, message_text
-from intern.data.foreign import are_preferences, check_message, check_row, explain_table
 from intern.data.readers import columns_of
+from intern.data.unsupported_tables import are_preferences, check_message, check_row, explain_table
 from intern.errors import UserError
 
 AUTO = "auto"

@@ -27,7 +27,7 @@ from intern.evaluation.lm_eval_tasks import check_tasks
 from intern.evaluation.predictions import Prediction, Predictions, predict
 from intern.evaluation.scores import Group, Row, RowScores, score_groups, score_rows
 from intern.evaluation.sides import Side, build_sides, fingerprint
-from intern.inference.generation import check_generation
+from intern.inference.generation_values import check_generation
 from intern.model.preload import importing
 from intern.runs.directory import SCHEMA_VERSION, Run
 

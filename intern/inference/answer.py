@@ -11,11 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from intern.data.history import read_history
 from intern.data.prompt import Prompt
+from intern.data.question_history import read_history
 from intern.errors import UserError
 from intern.inference.generate import Reply, generate, hold_back, positions_of
-from intern.inference.generation import check_generation
+from intern.inference.generation_values import check_generation
 from intern.model.base import Base
 from intern.model.precision import plan_inference
 from intern.model.quant import build_quant
@@ -82,7 +82,7 @@ class Intern:
         Args:
             question: the last question.
             context: its material, if the run was trained with material.
-            history: what was said before it, as intern.data.history.read_history takes it: a file, or a list of messages or of
+            history: what was said before it, as intern.data.question_history.read_history takes it: a file, or a list of messages or of
                 (question, answer) pairs.
 
         Raises:

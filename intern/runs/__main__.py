@@ -11,7 +11,7 @@ from intern.errors import UserError
 @command("runs", free_text=("runs", "match", "show", "pack", "out"))
 def main(cfg: DictConfig) -> None:
     """List runs; show, pack or remove them."""
-    from intern.evaluation.run_actions import (
+    from intern.listing.actions import (
         chosen_runs,
         pack_one,
         remove_some,

@@ -5,7 +5,7 @@ from typing import Any
 from intern.data.tokenize import turns
 from intern.evaluation.metrics import Answer, mean_score, training_metrics
 from intern.inference.generate import generate, positions_of
-from intern.inference.generation import Generation
+from intern.inference.generation_values import Generation
 from intern.training.plan import TrainingPlan
 
 _MOST_TOKENS = 128  # of an answer

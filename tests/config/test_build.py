@@ -13,7 +13,7 @@ from intern.config.build import build
 from intern.data.prompt import Prompt
 from intern.data.settings import DataConfig, resolved
 from intern.errors import UserError
-from intern.inference.generation import check_generation
+from intern.inference.generation_values import check_generation
 from intern.model.base import Base
 from intern.model.lora import build_lora
 from intern.model.precision import Precision

@@ -12,10 +12,10 @@ from helpers import ROOT, SHORT, command, composed, inspect
 from omegaconf import OmegaConf
 
 from intern import train
+from intern.comparison.reader import read_run
 from intern.config.secrets import check_environment, from_environment, is_secret_name, masked, refuse, storable
 from intern.errors import UserError
 from intern.evaluation.judge import Judge, JudgeConfig
-from intern.evaluation.run_reader import read_run
 from intern.runs.directory import Run
 from intern.runs.failures import record_failure
 

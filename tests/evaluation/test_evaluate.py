@@ -13,6 +13,8 @@ from helpers import ROOT, Server, command
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
+from intern.comparison.groups import read_runs
+from intern.comparison.table import table
 from intern.data.files import DataFile, read_rows
 from intern.errors import RunError, UserError
 from intern.evaluation.contamination import find_overlap
@@ -21,8 +23,6 @@ from intern.evaluation.metrics import METRICS, Answer, Metric, Place, mean_score
 from intern.evaluation.predictions import Predictions
 from intern.evaluation.report import write_report
 from intern.evaluation.report_view import notes
-from intern.evaluation.run_report import table
-from intern.evaluation.run_table import read_runs
 from intern.evaluation.terminal import show_evaluation
 from intern.evaluation.text_scores import exact_match, rouge_l, token_f1
 from intern.inference.answer import Intern

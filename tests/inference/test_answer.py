@@ -11,7 +11,7 @@ from intern import query_intern
 from intern.errors import UserError
 from intern.inference.answer import Intern
 from intern.inference.generate import Reply, generate
-from intern.inference.generation import check_generation
+from intern.inference.generation_values import check_generation
 from intern.runs.directory import Run
 
 QUESTION = "How much did Uber's gross bookings grow in 2024?"

@@ -8,11 +8,11 @@ import transformers
 from helpers import composed
 
 from intern import query_intern
-from intern.data.history import read_history
+from intern.data.question_history import read_history
 from intern.errors import UserError
 from intern.inference.answer import Intern
 from intern.inference.generate import hold_back
-from intern.inference.generation import Generation, check_generation
+from intern.inference.generation_values import Generation, check_generation
 from intern.runs.directory import Run
 
 QUESTION = "How much did Uber's gross bookings grow in 2024?"

@@ -11,11 +11,11 @@ import datasets
 import pytest
 from helpers import GOLDEN, command, composed, made
 
+from intern.comparison.files import write_overview
+from intern.comparison.groups import read_runs
 from intern.errors import RunError
 from intern.evaluation.evaluate import as_json, evaluate
 from intern.evaluation.report import write_report
-from intern.evaluation.run_files import write_overview
-from intern.evaluation.run_table import read_runs
 from intern.runs.directory import Run
 from intern.runs.disk import explain_disk_errors, unwritable
 

@@ -8,7 +8,7 @@ from helpers import ROOT, composed
 from omegaconf import open_dict
 
 from intern.errors import UserError
-from intern.inference.generation import check_generation
+from intern.inference.generation_values import check_generation
 from intern.runs.directory import Run
 from intern.training.plan import PlanPieces
 

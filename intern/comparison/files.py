@@ -10,9 +10,10 @@ from intern.display.table import markdown
 from intern.display.text import markdown_text, spreadsheet_cell
 from intern.errors import UserError
 from intern.evaluation.metrics import Place, metrics_at
-from intern.evaluation.run_reader import FinishedRun, as_number, columns
-from intern.evaluation.run_report import others, quality, table
-from intern.evaluation.run_table import Runs, shown_keys
+from intern.comparison.columns import columns
+from intern.comparison.reader import FinishedRun, as_number
+from intern.comparison.table import others, quality, table
+from intern.comparison.groups import Runs, shown_keys
 from intern.runs.files import write_text
 
 _MOST_CURVES = 12

@@ -6,7 +6,7 @@ import os
 import pytest
 from helpers import run_directory
 
-from intern.evaluation.run_list import in_order, list_runs, select
+from intern.listing.run_list import in_order, list_runs, select
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intern.comparison.groups import run_folders
 from intern.config.build import plain
 from intern.config.suggestions import unknown
 from intern.errors import UserError
 from intern.evaluation.bootstrap import FEW, FEW_MARK
-from intern.evaluation.run_table import run_folders
 from intern.runs.directory import Run
 from intern.runs.names import given_name
 from intern.runs.ranking import ScoredRows, scored_rows

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from intern.comparison.groups import given_paths
 from intern.display.table import show
 from intern.display.text import visible
 from intern.errors import RunError, UserError
 from intern.evaluation.bootstrap import FEW, FEW_MARK
-from intern.evaluation.run_list import (
+from intern.listing.run_list import (
     HEADINGS,
     TEXTS,
     ListedRun,
@@ -21,8 +22,7 @@ from intern.evaluation.run_list import (
     read_json_or_empty,
     select,
 )
-from intern.evaluation.run_story import story
-from intern.evaluation.run_table import given_paths
+from intern.listing.story import story
 from intern.runs.find import find_any, resolve
 from intern.runs.names import given_name
 from intern.runs.pack import folder_name, pack

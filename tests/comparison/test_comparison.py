@@ -11,11 +11,11 @@ from helpers import command, made
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from intern.comparison.files import write_overview
+from intern.comparison.groups import given_paths, read_runs, shown_keys
+from intern.comparison.table import advice, narrowed, notes, table
+from intern.comparison.terminal import show_runs
 from intern.errors import UserError
-from intern.evaluation.run_files import write_overview
-from intern.evaluation.run_report import advice, narrowed, notes, table
-from intern.evaluation.run_table import given_paths, read_runs, shown_keys
-from intern.evaluation.run_terminal import show_runs
 from intern.runs.directory import Run
 from intern.runs.find import resolve
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from intern.config.suggestions import unknown
 from intern.errors import UserError
 from intern.evaluation.metrics import METRICS, Place, metrics_at
-from intern.evaluation.run_reader import FinishedRun, OtherRun, columns, read_run
+from intern.comparison.columns import columns
+from intern.comparison.reader import FinishedRun, OtherRun, read_run
 from intern.runs.find import RUN_ROOTS
 
 _ALWAYS_SHOWN = ("lora.r", "trainer.learning_rate")

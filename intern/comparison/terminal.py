@@ -8,8 +8,8 @@ from rich.console import Console
 
 from intern.display.table import natural_width, show
 from intern.display.text import visible
-from intern.evaluation.run_report import GROUP, STAR, narrowed, others, quality, table, without_shared_prefix
-from intern.evaluation.run_table import Runs
+from intern.comparison.table import GROUP, STAR, narrowed, others, quality, table, without_shared_prefix
+from intern.comparison.groups import Runs
 
 _MOST_OTHERS = 10  # runs that cannot be compared
 

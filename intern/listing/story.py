@@ -7,7 +7,7 @@ from typing import Any
 
 from intern.errors import UserError
 from intern.evaluation.metrics import METRICS
-from intern.evaluation.run_list import ListedRun, date, mapping, number, read_json_or_empty
+from intern.listing.run_list import ListedRun, date, mapping, number, read_json_or_empty
 from intern.runs.directory import Run
 from intern.runs.removal import size_of
 from intern.runs.state import State, last_step, why_unfinished
