@@ -105,7 +105,7 @@ def list_files(path: Path, root: Path) -> dict[str, int]:
     """
     if len(_parts(path, root)) > _DEEPEST:
         raise UserError(f"{path}: is nested deeper than {_DEEPEST} folders: refused")
-    sizes = {}
+    sizes: dict[str, int] = {}
     with _opened(path, root) as folder, os.scandir(folder) as entries:
         for name in sorted(entry.name for entry in entries):
             found = os.stat(name, dir_fd=folder, follow_symlinks=False)

@@ -172,7 +172,8 @@ def _with_counts(logged: dict[str, Any], state: TrainerState, run: Run) -> dict[
     Raises:
         UserError: some were, so nothing but the lost line knows how many until then.
     """
-    steps = find_state(dict(state.stateful_callbacks or {}), OptimizerSteps.checkpoint_key)
+    stored: Any = state.stateful_callbacks
+    steps = find_state(stored, OptimizerSteps.checkpoint_key)
     if steps is None or steps["attributes"]["skipped"]:
         raise UserError(
             f"{run.history}: lacks the line of step {logged['step']}, which a checkpoint of an earlier version does not have either: put "
