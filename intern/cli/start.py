@@ -17,12 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from intern.cli import sweep
 from intern.runs.directory import Run
 
-_OF_A_START = (
-    "config.yaml",
-    "run.lock",
-    "train.log",
-    "failure.json",
-)  # a run that has started, or tells why not, has one of these
+# A run that has started, or tells why not, has one of these.
+_OF_A_START = ("config.yaml", "run.lock", "train.log", "failure.json")
 
 
 class RunLog(logging.Handler):

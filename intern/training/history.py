@@ -153,12 +153,9 @@ def _entries(state: TrainerState, lines: list[dict[str, Any]], run: Run) -> Iter
     for logged in map(_as_json, state.log_history):
         if "optimizer_steps" in logged:
             yield logged
-        elif (
-            same := next((line for line in by_step.get(logged["step"], []) if _is_same(line, logged)), None)
-        ) is not None:
-            yield same
-        else:
-            yield _with_counts(logged, state, run)
+            continue
+        same = [line for line in by_step.get(logged["step"], []) if _is_same(line, logged)]
+        yield same[0] if same else _with_counts(logged, state, run)
 
 
 def _is_same(line: dict[str, Any], logged: dict[str, Any]) -> bool:
@@ -174,7 +171,7 @@ def _with_counts(logged: dict[str, Any], state: TrainerState, run: Run) -> dict[
     """
     stored: Any = state.stateful_callbacks
     steps = find_state(stored, OptimizerSteps.checkpoint_key)
-    if steps is None or steps["attributes"]["skipped"]:
+    if steps is None or steps["attributes"].get("skipped") != 0:
         raise UserError(
             f"{run.history}: lacks the line of step {logged['step']}, which a checkpoint of an earlier version does not have either: put "
             "that file back from a copy, or start again in another hydra.run.dir"
