@@ -17,12 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from intern.cli import sweep
 from intern.runs.directory import Run
 
-_OF_A_START = (
-    "config.yaml",
-    "run.lock",
-    "train.log",
-    "failure.json",
-)  # a run that has started, or tells why not, has one of these
+# A run that has started, or tells why not, has one of these.
+_OF_A_START = ("config.yaml", "run.lock", "train.log", "failure.json")
 
 
 class RunLog(logging.Handler):
@@ -118,16 +114,18 @@ def remove_unused() -> None:
 
     The reasons have been shown. Folders around them, such as that of the date, are removed if nothing else is in them.
     """
-    if sweep.record.all_refused and Folders.sweep_file is not None:
-        path, content = Folders.sweep_file
+    made, sweep_file = Folders.made, Folders.sweep_file
+    Folders.made, Folders.sweep_file = [], None
+    if sweep.record.all_refused and sweep_file is not None:
+        path, content = sweep_file
         path.write_bytes(content)
-    if not Folders.made or not (folder := Folders.made[0]).is_dir():
+    if not made or not (folder := made[0]).is_dir():
         return
     names = ("config.yaml",) if sweep.record.overrides and sweep.record.all_refused else _OF_A_START
+    # At most Hydra's file of the sweep, the reasons of its jobs, and files of a tracker that refused the run.
+    is_unused = not any((place / name).exists() for place in (folder, *folder.iterdir()) for name in names)
     with contextlib.suppress(OSError):  # a folder around it with other files stays
-        if not any((place / name).exists() for place in (folder, *folder.iterdir()) for name in names):
-            shutil.rmtree(
-                folder
-            )  # at most Hydra's file of the sweep, the reasons of its jobs, files of a tracker that refused the run
-            for path in Folders.made[1:]:
+        if is_unused:
+            shutil.rmtree(folder)
+            for path in made[1:]:
                 path.rmdir()

@@ -79,6 +79,8 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None, begin: Callabl
     with lock(run), explain_disk_errors(run), contextlib.ExitStack() as stack:
         _check_start(run, cfg, plan)  # again: another process may have trained in it meanwhile
         checkpoint, unusable = choose_checkpoint(run, bool(plan.args.load_best_model_at_end))
+        if run.finished and checkpoint is None:
+            raise UserError(f"{run.path} holds a finished run without checkpoints: it cannot be trained longer")
         history = history_at(run, checkpoint)
         base = plan.base.load(plan.quant, plan.precision, plan.args.max_length)
         environment = _environment(run, cfg, plan, sweep, checkpoint)
@@ -121,10 +123,7 @@ def _check_start(run: Run, cfg: DictConfig, plan: TrainingPlan) -> None:
         raise UserError(
             f"{run.path} holds a finished run: choose another hydra.run.dir, or raise trainer.max_steps to train it longer"
         )
-    has_checkpoints = bool(list_checkpoints(run.checkpoints, run.path))
-    if run.finished and not has_checkpoints:
-        raise UserError(f"{run.path} holds a finished run without checkpoints: it cannot be trained longer")
-    if has_checkpoints:
+    if list_checkpoints(run.checkpoints, run.path):
         check_same(cfg, run, {str(file.path): file.sha256 for file in plan.files})
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -153,12 +153,9 @@ def _entries(state: TrainerState, lines: list[dict[str, Any]], run: Run) -> Iter
     for logged in map(_as_json, state.log_history):
         if "optimizer_steps" in logged:
             yield logged
-        elif (
-            same := next((line for line in by_step.get(logged["step"], []) if _is_same(line, logged)), None)
-        ) is not None:
-            yield same
-        else:
-            yield _with_counts(logged, state, run)
+            continue
+        same = [line for line in by_step.get(logged["step"], []) if _is_same(line, logged)]
+        yield same[0] if same else _with_counts(logged, state, run)
 
 
 def _is_same(line: dict[str, Any], logged: dict[str, Any]) -> bool:
@@ -172,8 +169,9 @@ def _with_counts(logged: dict[str, Any], state: TrainerState, run: Run) -> dict[
     Raises:
         UserError: some were, so nothing but the lost line knows how many until then.
     """
-    steps = find_state(cast(dict[str, Any], state.stateful_callbacks or {}), OptimizerSteps.checkpoint_key)
-    if steps is None or steps["attributes"]["skipped"]:
+    stored: Any = state.stateful_callbacks
+    steps = find_state(stored, OptimizerSteps.checkpoint_key)
+    if steps is None or steps["attributes"].get("skipped") != 0:
         raise UserError(
             f"{run.history}: lacks the line of step {logged['step']}, which a checkpoint of an earlier version does not have either: put "
             "that file back from a copy, or start again in another hydra.run.dir"

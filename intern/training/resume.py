@@ -114,6 +114,8 @@ def choose_checkpoint(run: Run, needs_best: bool) -> tuple[Path | None, list[Che
             f"hydra.run.dir, or in this one after removing {run.checkpoints}"
         )
     if chosen is None:
+        if seen:
+            log.warning("%s: was not written completely, and is the only one: training starts at step 1", seen[0].path)
         return None, seen
     if faults:
         log.warning("%s: %s; resuming from %s instead", run.checkpoints, faults, chosen.path.name)

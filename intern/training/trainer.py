@@ -51,6 +51,7 @@ class InternTrainer(SFTTrainer):
         self, rules: StepRules, answer_scores: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any
     ) -> None:
         self._min_steps = rules.min_steps
+        self._folder = Path(kwargs["args"].output_dir)  # of the checkpoints, in the run directory
         self._batches: list[dict[str, Any]] = []  # of the current optimizer step
         self._answer_scores = answer_scores
         self._has_checked_labels = False
@@ -201,7 +202,7 @@ class InternTrainer(SFTTrainer):
             self._read_metrics()
         is_canceled = control.should_save and control.should_evaluate and self.args.save_strategy == SaveStrategy.BEST
         super()._maybe_log_save_evaluate(*arguments, **kwargs)
-        if is_canceled and not (Path(str(self.args.output_dir)) / f"checkpoint-{step}").exists():
+        if is_canceled and not (self._folder / f"checkpoint-{step}").exists():
             self._save_checkpoint(self.model, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
@@ -230,16 +231,15 @@ class InternTrainer(SFTTrainer):
 
     def _save_checkpoint(self, *arguments: Any) -> None:
         """Run the library's, then write the manifest. Older checkpoints are removed only after that, when this one is on the disk."""
-        folder = Path(str(self.args.output_dir))
-        checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        begin(checkpoint, folder.parent)
+        checkpoint = self._folder / f"checkpoint-{self.state.global_step}"
+        begin(checkpoint, self._folder.parent)
         super()._save_checkpoint(*arguments)
-        seal(checkpoint, folder.parent)
-        rotate_checkpoints(str(folder), self._save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        seal(checkpoint, self._folder.parent)
+        rotate_checkpoints(str(self._folder), self._save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_best_model(self) -> None:
         """Run the library's, after checking that the best checkpoint is as it was written."""
-        best = examine(Path(str(self.state.best_model_checkpoint)), Path(str(self.args.output_dir)).parent)
+        best = examine(Path(str(self.state.best_model_checkpoint)), self._folder.parent)
         if not best.is_usable:
             raise RunError(
                 f"{best.path.parent}: {best.fault or best.path.name}: the best checkpoint cannot be loaded: put that file back from a copy, "
@@ -273,7 +273,7 @@ class InternTrainer(SFTTrainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         callbacks = self.callback_handler.callbacks
-        best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+        best = self._folder / f"checkpoint-{self.state.best_global_step}"
         if (
             self.state.best_model_checkpoint is None and best.is_dir()
         ):  # the library looks where the run was when it was written

@@ -138,11 +138,14 @@ def test_the_newest_whole_checkpoint_is_chosen_and_one_line_says_why(tmp_path, c
     assert (run.checkpoints / "damaged-checkpoint-10" / "optimizer.pt").stat().st_size == 0
 
 
-def test_without_a_whole_checkpoint_the_run_is_refused_unless_none_was_ever_written_completely(tmp_path):
+def test_without_a_whole_checkpoint_the_run_is_refused_unless_none_was_ever_written_completely(tmp_path, caplog):
     run = Run(tmp_path)
     write_checkpoint(run, 2, is_sealed=False)
     chosen, unusable = choose_checkpoint(run, False)
     assert chosen is None and [one.kind for one in unusable] == [Kind.UNFINISHED]
+    assert caplog.messages == [
+        f"{run.checkpoints}/checkpoint-2: was not written completely, and is the only one: training starts at step 1"
+    ]
     DAMAGES["second half zeroed"](write_checkpoint(run, 4) / "adapter_model.safetensors")
     with pytest.raises(UserError) as caught:
         choose_checkpoint(run, False)

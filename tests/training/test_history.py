@@ -1,12 +1,17 @@
 """Log entries: the line in history.jsonl, the same to the trackers, and what a terminal shows."""
 
+import json
 import math
+import shutil
 import types
 
+import pytest
+from helpers import ROOT
 from transformers import TrainerControl, TrainerState
 
+from intern.errors import UserError
 from intern.runs.directory import Run
-from intern.training.history import History
+from intern.training.history import History, history_at
 from intern.training.steps import OptimizerSteps
 
 
@@ -51,3 +56,49 @@ def test_without_a_terminal_progress_is_a_line_of_text(tmp_path, caplog):
     caplog.set_level("INFO")
     logged(tmp_path, {"loss": 2.0, "eval_f1": 0.25})
     assert "step 4/10  loss 2.000  eval_f1 0.250  tokens/s " in caplog.text and "left 00:00:00" in caplog.text
+
+
+def old_run(tmp_path, skipped=0):
+    """The run of an earlier version, whose checkpoint of step 4 stores the library's log entries without our counts."""
+    run = Run(tmp_path / "run")
+    shutil.copytree(ROOT / "tests" / "fixtures" / "run_before_packages" / "run", run.path)
+    checkpoint = run.checkpoints / "checkpoint-4"
+    state = checkpoint / "trainer_state.json"
+    state.write_text(state.read_text().replace('"skipped": 0', f'"skipped": {skipped}'))
+    return run, checkpoint, run.history.read_text().splitlines(keepends=True)
+
+
+def test_the_history_at_a_checkpoint_of_an_earlier_version_is_completed_by_the_file(tmp_path, caplog):
+    run, checkpoint, lines = old_run(tmp_path, skipped=2)
+    right = [json.loads(line) for line in lines[:3]]
+    assert history_at(run, checkpoint) == right and not caplog.messages
+    foreign = '{"step": 4, "optimizer_steps": 4, "loss": 9.0}\n'
+    for changed in (lines[::-1], [lines[0], *lines], [foreign, *lines], lines[:3], ["no JSON\n", *lines]):
+        run.history.write_text("".join(changed))
+        assert history_at(run, checkpoint) == right
+    assert history_at(run, None) == []
+
+
+def test_a_line_that_an_earlier_version_had_only_in_the_file_is_missed_if_steps_were_skipped(tmp_path, caplog):
+    run, checkpoint, lines = old_run(tmp_path)
+    run.history.write_bytes("".join(lines[1:]).encode() + b"\xff\n")
+    first, *rest = history_at(run, checkpoint)
+    assert (first["step"], first["optimizer_steps"], first["loss"]) == (2, 2, json.loads(lines[0])["loss"])
+    assert len(rest) == 2 and caplog.messages == [
+        f"{run.history}: differs from what was logged up to step 4: these lines are restored from checkpoint-4"
+    ]
+    run, checkpoint, lines = old_run(tmp_path / "other", skipped=2)
+    run.history.write_text("".join(lines[1:]))
+    with pytest.raises(
+        UserError, match="history.jsonl: lacks the line of step 2, which a checkpoint of an earlier version"
+    ):
+        history_at(run, checkpoint)
+
+
+def test_something_else_in_place_of_the_history_is_refused(tmp_path):
+    run, checkpoint, _ = old_run(tmp_path)
+    run.history.unlink()
+    run.history.mkdir()
+    for at in (checkpoint, None):
+        with pytest.raises(UserError, match="history.jsonl: is not a regular file"):
+            history_at(run, at)

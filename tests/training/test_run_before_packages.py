@@ -83,6 +83,8 @@ def test_it_resumes_and_ends_as_it_did(old_run):
     # The run was made with two threads, whose sums differ from those of one: by up to 5e-8 in the adapter.
     done = command("intern.train", f"resume={old_run.path}", OMP_NUM_THREADS="2")
     assert f"resuming from {old_run.checkpoints}/checkpoint-4" in done.stderr
+    assert done.stderr.count("checkpoint-4: an earlier version wrote no manifest, so its files cannot be verified") == 1
+    assert (old_run.checkpoints / "checkpoint-8" / "manifest.json").is_file()
     state = old_run.read_json(old_run.checkpoints / "checkpoint-8" / "trainer_state.json")["stateful_callbacks"]
     assert set(state) == {"LoggingWindow", "OptimizerSteps", "ResumableEarlyStopping", "TrainerControl"}
     assert find_state(state, "optimizer_steps")["attributes"]["taken"] == 8
