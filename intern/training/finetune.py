@@ -62,6 +62,7 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None) -> float:
         return run.score()
     log.info("%s", plan.data.found)
     log.info("%s", plan.precision)
+    _warn_of_warmup(plan)
     with lock(run), explain_disk_errors(run), track(plan.logger, _open(run, cfg, plan, sweep)) as trackers:
         model, metrics = _train(plan.base.load(plan.quant, plan.precision), run, plan, trackers)
         with run.new_adapter() as folder:
@@ -84,6 +85,16 @@ def _forget_previous_job() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def _warn_of_warmup(plan: TrainingPlan) -> None:
+    warmup, steps = plan.args.warmup_steps, plan.args.max_steps
+    if 0 < steps <= warmup:
+        log.warning(
+            "trainer.warmup_steps=%g: trainer.max_steps=%d end before the learning rate has its full value",
+            warmup,
+            steps,
+        )
 
 
 def _open(run: Run, cfg: DictConfig, plan: TrainingPlan, sweep: str | None) -> TrackedRun:

@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from omegaconf import DictConfig
@@ -323,8 +324,10 @@ class PlanPieces:
     def adapter(self) -> "LoraConfig":
         """The adapter's configuration for this model: not in the towers of other senses."""
         from intern.model.lora import limit_to_text
+        from intern.runs.patterns import without_patterns
 
-        return limit_to_text(self.lora, self.base.skeleton)
+        names = [name for name, _ in self.base.skeleton.named_modules()]
+        return limit_to_text(without_patterns(self.lora, names, Path("lora")), self.base.skeleton)
 
     @piece
     def attention(self) -> "Attention":
