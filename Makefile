@@ -5,7 +5,7 @@ UPSTREAM := .venv-upstream
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-upstream lint docs
+.PHONY: help install quickstart demo test test-upstream fuzz lint docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ test-upstream: install ## what the newest release of every library would break, 
 	@$(UPSTREAM)/bin/python -m pytest -q tests/test_upstream.py; names=$$?; \
 	$(UPSTREAM)/bin/python -m pytest -q -n 2 --dist loadfile --ignore tests/test_upstream.py; suite=$$?; \
 	echo "private names: $$names, suite: $$suite (0: nothing breaks)"; test $$names -eq 0 -a $$suite -eq 0
+
+MINUTES ?= 10
+fuzz: install ## random inputs to the readers of untrusted files for MINUTES=10
+	PYTHONPATH=. $(RUN) scripts/fuzz.py --minutes $(MINUTES)
 
 docs: install ## the documentation as a site in build/docs
 	$(RUN) scripts/source_tree.py
