@@ -5,7 +5,7 @@ UPSTREAM := .venv-upstream
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-families test-real test-upstream test-damage lint docs
+.PHONY: help install quickstart demo test test-families test-real test-upstream test-damage fuzz lint docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ test-upstream: install ## what the newest release of every library would break, 
 
 test-damage: install ## damage the checkpoints of a toy run in every way, and resume each of them (about half an hour)
 	$(RUN) scripts/damage_checkpoints.py
+
+MINUTES ?= 10
+fuzz: install ## random inputs to the readers of untrusted files for MINUTES=10
+	PYTHONPATH=. $(RUN) scripts/fuzz.py --minutes $(MINUTES)
 
 docs: install ## the documentation as a site in build/docs
 	$(RUN) scripts/source_tree.py

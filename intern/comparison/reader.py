@@ -74,7 +74,7 @@ def read_run(folder: Path, name: str, evaluation: str | None) -> FinishedRun | O
         return _read(Run(folder), name, evaluation)
     except (UserError, OSError) as error:
         reason = str(error) if isinstance(error, UserError) else f"cannot be read ({error.strerror})"
-        reason = re.sub(r": is .* (?:run|run directory)\?$", "", reason.replace(f"{folder}/", ""))
+        reason = re.sub(r"(?s): is .* (?:run|run directory)\?$", "", reason.replace(f"{folder}/", ""))
         return OtherRun(folder, name, reason, _overrides(folder))
 
 

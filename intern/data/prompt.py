@@ -113,6 +113,13 @@ class Prompt:
                     f"the tokenizer of {tokenizer.name_or_path} renders turns of its chat template in a way that cannot be followed: "
                     "take another model of the family"
                 )
+        if not prompt._asks_as_trained(tokenizer):
+            prompt = prompt._with_space_in_answer()
+            if not prompt._renders_like_template(renderer, []) or not prompt._asks_as_trained(tokenizer):
+                raise UserError(
+                    f"the tokenizer of {tokenizer.name_or_path} joins the start of an answer with the text before it, so a question would "
+                    "be asked in other tokens than it was trained: take another model of the family"
+                )
         if prompt.next_turn is not None and not prompt._renders_like_template(renderer, [("Why?", "Because.")]):
             prompt = replace(prompt, next_turn=None)
         return prompt
@@ -134,6 +141,24 @@ class Prompt:
         [ours] = self.encode(renderer.tokenizer, ["How much?"], ["It rose 18%."], histories=[history])
         # After the end of turn some templates add a line break, or nothing where we end the text.
         return ours is not None and _agree(ours.input_ids, theirs, self.stop_ids)
+
+    def _asks_as_trained(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether the tokens of a question alone begin those of the question with its answer."""
+        [asked], [trained] = (
+            self.encode(tokenizer, ["How much?"]),
+            self.encode(tokenizer, ["How much?"], ["It rose 18%."]),
+        )
+        return (
+            asked is not None and trained is not None and trained.input_ids[: len(asked.input_ids)] == asked.input_ids
+        )
+
+    def _with_space_in_answer(self) -> "Prompt":
+        """The same texts, with the white space before an answer as a part of the answer, which tokenizers join with its first word."""
+        first, second, before, end = self.template
+        head = before.rstrip()
+        return replace(
+            self, template=(first, second, head, end), answer_prefix=before[len(head) :] + self.answer_prefix
+        )
 
     def _with_system(self, question: str, system: str | None = None) -> str:
         head = self.system_prompt if system is None else system

@@ -169,7 +169,7 @@ def _json_array(path: Path, file: BinaryIO) -> Iterator[Line]:
         raise UserError(
             f"{path}:{error.lineno}: not JSON ({error.msg}): the array ends there, or is damaged"
         ) from error
-    except RecursionError as error:
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         raise UserError(f"{path}: not JSON ({error})") from error
     for number, row in enumerate(rows, 1):
         yield Line(number, f"{path}: row {number}", _checked_object(row, f"{path}: row {number}"))

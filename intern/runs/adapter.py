@@ -113,7 +113,8 @@ def check_readable(lora: "LoraConfig", skeleton: "PreTrainedModel") -> None:
     place = Path("lora")
     try:
         read = read_lora(json.loads(json.dumps(stored)), place)
-        read = without_patterns(read, [name for name, _ in skeleton.named_modules()], place)
+        modules, parameters = names_of(skeleton, read)
+        read = without_patterns(read, modules, place, parameters)
         _implied_tensors(read, skeleton, place)
         head = _with_adapter(read, skeleton, place).get_output_embeddings()
         if type(head) is not type(skeleton.get_output_embeddings()):
@@ -132,6 +133,12 @@ def check_readable(lora: "LoraConfig", skeleton: "PreTrainedModel") -> None:
         raise UserError(f"lora.{message}" if names_key else f"lora: {message}") from error
 
 
+def names_of(skeleton: "PreTrainedModel", lora: "LoraConfig") -> tuple[list[str], list[str]]:
+    """Return the names of a model's modules, and of its parameters if parameters have adapters of their own, as experts do."""
+    modules = [name for name, _ in skeleton.named_modules()]
+    return modules, [name for name, _ in skeleton.named_parameters()] if lora.target_parameters else []
+
+
 def check_tensors(lora: "LoraConfig", skeleton: "PreTrainedModel", folder: Path) -> "LoraConfig":
     """Check that the adapter's weights are exactly the tensors that its configuration adds to this base model.
 
@@ -146,8 +153,7 @@ def check_tensors(lora: "LoraConfig", skeleton: "PreTrainedModel", folder: Path)
     Raises:
         UserError: names the file, and the first tensor that is missing, additional, of another shape, integer, or not finite.
     """
-    modules = [name for name, _ in skeleton.named_modules()]
-    parameters = [name for name, _ in skeleton.named_parameters()] if lora.target_parameters else []
+    modules, parameters = names_of(skeleton, lora)
     lora = without_patterns(lora, modules, folder / _CONFIG, parameters)
     wanted = _implied_tensors(lora, skeleton, folder / _CONFIG)
     weights = folder / _WEIGHTS

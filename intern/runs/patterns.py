@@ -61,6 +61,19 @@ def _matcher(pattern: str, file: Path, start: str = "", end: str = "") -> Callab
     return matches
 
 
+def matching(pattern: str, names: list[str]) -> list[str]:
+    """Return the names that a regular expression matches as a whole.
+
+    Raises:
+        regex.error: it is none.
+        TimeoutError: it takes too long for all of them together.
+    """
+    import regex
+
+    end, compiled = time.monotonic() + _MATCHING_S, regex.compile(pattern)
+    return [name for name in names if compiled.fullmatch(name, timeout=max(end - time.monotonic(), 0.001))]
+
+
 def without_patterns(lora: "LoraConfig", names: list[str], file: Path, parameters: Iterable[str] = ()) -> "LoraConfig":
     """Return the configuration with names of modules in place of regular expressions, which PEFT would match without a time limit.
 

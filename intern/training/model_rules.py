@@ -5,11 +5,12 @@ user, or None; the first line of its docstring is the rule.
 """
 
 import difflib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
+import regex
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from intern.errors import UserError
 from intern.kernels.isolated_attention import NAME as ISOLATED
 from intern.model.attention import Attention
+from intern.runs.patterns import matching, without_patterns
 from intern.training.rules import Groups
 
 
@@ -75,8 +77,10 @@ def target_modules_are_in_the_model(shape: Shape, lora: LoraConfig) -> str | Non
     ends = sorted({path.rsplit(".", 1)[-1] for path in linear})
     if isinstance(wanted, str):
         try:
-            matched = [name for name in modules if re.fullmatch(wanted, name)]
-        except re.error as error:
+            matched = matching(wanted, list(modules))
+        except TimeoutError:
+            return f"lora.target_modules={wanted[:80]}: takes too long to match: name the modules in a list, such as [q_proj,v_proj]"
+        except regex.error as error:
             return f"lora.target_modules={wanted}: not a valid regular expression ({error}); write a single name as [{wanted}]"
         if not linear.intersection(matched):
             longest = max(sorted(linear), key=len)
@@ -100,8 +104,20 @@ def something_is_left_to_train(shape: Shape, lora: LoraConfig) -> str | None:
     """exclude_modules and layers_to_transform leave something of target_modules."""
     if not (lora.exclude_modules or lora.layers_to_transform) or lora.target_modules in (None, "all-linear"):
         return None
-    if not any(check_target_module_exists(lora, name) for name, _ in shape.model.named_modules()):
+    names = [name for name, _ in shape.model.named_modules()]
+    lora = without_patterns(lora, names, Path("lora"))
+    if not any(check_target_module_exists(lora, name) for name in names):
         return "lora.target_modules: lora.exclude_modules and lora.layers_to_transform leave nothing of it to train"
+    return None
+
+
+def modules_to_save_are_in_the_model(shape: Shape, lora: LoraConfig) -> str | None:
+    """Every name in modules_to_save is a module's: PEFT ignores the others."""
+    names = [name for name, _ in shape.model.named_modules()]
+    for wanted in sorted(lora.modules_to_save or ()):
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            near = difflib.get_close_matches(wanted, sorted({name.rpartition(".")[2] for name in names}), n=1)
+            return f"lora.modules_to_save: the model has no {wanted}" + (f"; did you mean {near[0]}?" if near else "")
     return None
 
 
@@ -118,6 +134,7 @@ OF_MODEL: tuple[Callable[[Groups, Shape], str | None], ...] = (
 OF_ADAPTER: tuple[Callable[[Shape, LoraConfig], str | None], ...] = (
     target_modules_are_in_the_model,
     something_is_left_to_train,
+    modules_to_save_are_in_the_model,
     the_rank_is_no_larger_than_the_model,
 )
 

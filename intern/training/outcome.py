@@ -23,7 +23,7 @@ _LONGEST_QUESTION = 200  # characters of an example
 
 
 def warn_before_training(trainer: InternTrainer, plan: TrainingPlan) -> None:
-    """Warn, in one line each, of a run that will repeat few rows many times, and of golden rows that are the training rows."""
+    """Warn, in one line each, of few rows repeated many times, of a warm-up without an end, and of golden rows that are trained on."""
     rows, args = len(plan.train.rows), plan.args
     packed: Any = trainer.train_dataset
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -37,6 +37,12 @@ def warn_before_training(trainer: InternTrainer, plan: TrainingPlan) -> None:
             "use more rows, or trainer.min_steps=%d trainer.max_steps=%d for %d epochs",
             steps, rows, steps / per_epoch, fewer, fewer, _USUAL_EPOCHS,
         )  # fmt: skip
+    if args.warmup_steps >= steps:
+        log.warning(
+            "trainer.warmup_steps=%g: training ends after %d steps, before the learning rate has its full value",
+            args.warmup_steps,
+            steps,
+        )
     if plan.data.golden is None or plan.data.data.eval_share:
         return
     shared = {file.sha256 for file in plan.data.golden.files} & {file.sha256 for file in plan.data.train.files}

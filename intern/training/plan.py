@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from omegaconf import DictConfig
@@ -330,11 +331,13 @@ class PlanPieces:
     def adapter(self) -> "LoraConfig":
         """The adapter's configuration for this model: not in the towers of other senses, and such that the run can be asked."""
         from intern.model.lora import limit_to_text
-        from intern.runs.adapter import check_readable
+        from intern.runs.adapter import check_readable, names_of
+        from intern.runs.patterns import without_patterns
 
-        lora = limit_to_text(self.lora, self.base.skeleton)
-        check_readable(lora, self.base.skeleton)
-        return lora
+        check_readable(limit_to_text(self.lora, self.base.skeleton), self.base.skeleton)
+        # PEFT would match regular expressions without a time limit.
+        modules, parameters = names_of(self.base.skeleton, self.lora)
+        return limit_to_text(without_patterns(self.lora, modules, Path("lora"), parameters), self.base.skeleton)
 
     @piece
     def attention(self) -> "Attention":

@@ -51,9 +51,9 @@ RANGES: dict[str, tuple[str, str]] = {
     "trainer.label_smoothing_factor": ("[0, 1)", "0 turns it off"),
     "trainer.neftune_noise_alpha": ("[0, inf)", "0 turns it off"),
     "trainer.pad_to_multiple_of": ("[1, inf)", "leave it out for no padding beyond the longest row"),
-    "trainer.dataloader_num_workers": ("[0, inf)", "0 loads rows in the training process"),
+    "trainer.dataloader_num_workers": ("[0, 512]", "0 loads rows in the training process"),
     "model.quantized_cache_gib": ("(0, inf)", "model.quantized_cache=null turns the cache off"),
-    "data.num_proc": ("[1, inf)", "null chooses by the number of rows"),
+    "data.num_proc": ("[1, 512]", "null chooses by the number of rows"),
     "logger.sample_answers": ("[0, inf)", "0 logs none"),
 }
 _GROUPS = ("model", "quant", "lora", "trainer", "data", "logger")
@@ -89,6 +89,15 @@ def numbers_are_in_range(cfg: Groups) -> str | None:
             or (value == high and interval[-1] == ")")
         ):
             return f"{key}={value}: must be {_words(interval)}; {reason}"
+    return None
+
+
+def steps_are_counted_in_whole_numbers(cfg: Groups) -> str | None:
+    """From 1 on, the distance of log lines, evaluations and checkpoints is a whole number of steps."""
+    for key in ("logging_steps", "eval_steps", "save_steps"):
+        value = cfg["trainer"].get(key)
+        if isinstance(value, float) and value > 1 and not value.is_integer():
+            return f"trainer.{key}={value}: must be a whole number of steps or, below 1, a fraction of all steps"
     return None
 
 
@@ -252,6 +261,7 @@ OF_VALUES: tuple[Callable[[Groups], str | None], ...] = (
     every_group_is_a_group,
     every_number_is_finite,
     numbers_are_in_range,
+    steps_are_counted_in_whole_numbers,
     the_seed_is_a_whole_number,
     name_and_notes_are_text,
     max_steps_is_a_number_of_steps_or_minus_one,

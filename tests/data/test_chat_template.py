@@ -289,3 +289,16 @@ def test_a_template_has_bounded_time_and_memory(template, reason):
     with pytest.raises(UserError, match=reason):
         Prompt.from_tokenizer(tokenizer, "Be brief.", "never")
     assert time.process_time() - start < 2
+
+
+def test_a_space_before_an_answer_is_asked_as_it_was_trained():
+    tokenizer = AutoTokenizer.from_pretrained("data/tiny_llama3")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ '} ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    prompt = Prompt.from_tokenizer(tokenizer, "", "never")
+    [asked] = prompt.encode(tokenizer, ["How much?"])
+    [trained] = prompt.encode(tokenizer, ["How much?"], ["It rose 18%."])
+    assert trained.input_ids[: len(asked.input_ids)] == asked.input_ids
+    assert tokenizer.decode(trained.input_ids).endswith("[/INST]} It rose 18%.<|eot_id|>")

@@ -118,3 +118,10 @@ def test_a_field_of_a_table_may_be_longer_than_the_csv_modules_limit(tmp_path):
     path.write_text(f"question,answer\nq,{'a' * 200_000}\n")
     assert len(next(lines(path)).row["answer"]) == 200_000
     assert csv.field_size_limit() == 131_072
+
+
+@pytest.mark.parametrize("text", ['[{"question": ' + "9" * 5000 + "}]", "[" * 100_000])
+def test_an_array_with_an_endless_number_or_depth_is_one_line(text, tmp_path):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(UserError, match=r"rows.json: not JSON \("):
+        list(lines(tmp_path / "rows.json"))

@@ -217,7 +217,7 @@ def _is_rule(module, name):
 
 def test_every_range_is_read_as_it_is_meant():
     assert {_words(interval) for interval, _ in RANGES.values()} == {
-        "at least 0", "at least 1", "above 0", "at least 0 and below 1", "between 0 and 4294967295",
+        "at least 0", "at least 1", "above 0", "at least 0 and below 1", "between 0 and 4294967295", "between 0 and 512", "between 1 and 512",
     }  # fmt: skip
 
 
