@@ -24,6 +24,7 @@ from intern.evaluation.lm_eval_tasks import check_tasks
 from intern.evaluation.predictions import Prediction, Predictions, predict
 from intern.evaluation.scores import Group, Row, RowScores, score_groups, score_rows
 from intern.evaluation.sides import Side, build_sides, fingerprint
+from intern.evaluation.turns import COLUMN, each_answer
 from intern.inference.generation import check_generation
 from intern.model.preload import importing
 from intern.runs.directory import SCHEMA_VERSION, Run
@@ -74,7 +75,7 @@ def evaluate(cfg: DictConfig, run: Run, against: Run | None) -> Evaluation:
     found = golden_rows(plain(stored.data), cfg.eval_file, any(side.with_context for side in sides))
     if found is None:
         raise UserError("eval_file: the run has none: name a golden file with eval_file=...")
-    file, golden = found.file, found.rows
+    file, golden = found.file, each_answer(found.rows, stored.data.get("loss_on", "all"))
     overlap = find_overlap(run, golden, cfg.train_file)
     folder = _make_folder(cfg, run, against, file)
     judge = _build_judge(cfg.judge, folder)
@@ -83,6 +84,7 @@ def evaluate(cfg: DictConfig, run: Run, against: Run | None) -> Evaluation:
     rows = [
         Row(
             number=row["row"],
+            turn=row[COLUMN],
             question=row["question"],
             reference=row["answer"],
             context=row["chunk_text"],
@@ -210,8 +212,10 @@ def _predictions(
         "models": [fingerprint(side) for side in sides],
         "versions": {name: version(name) for name in _LIBRARIES},
     }
+    if any(golden[COLUMN]):
+        inputs["turns"] = "all"
     done = Predictions(folder, json.loads(json.dumps(inputs)))
-    numbers = list(golden["row"])
+    numbers = list(zip(golden["row"], golden[COLUMN], strict=True))
     for run in dict.fromkeys(side.run for side in sides):
         missing = [side for side in sides if side.run == run and done.of(side.name, numbers) is None]
         if missing:

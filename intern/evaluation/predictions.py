@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from intern.errors import RunError
+from intern.evaluation.turns import COLUMN
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,6 +35,12 @@ class Prediction:
     loss: float | None  # nats, summed over the reference's tokens; None: the row does not fit into the trained length
     loss_tokens: int
     seconds: float  # the batch's answering time divided by its rows
+    turn: int = 0  # of a conversation, from 1; 0: the row has one question
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What tells the answers of one model apart."""
+        return self.row, self.turn
 
 
 _CHECKED = TypeAdapter(Prediction)
@@ -50,7 +57,7 @@ class Predictions:
             inputs: everything that decides an answer, in types that JSON has.
         """
         self.path = folder / "predictions.jsonl"
-        self._known: dict[tuple[str, int], Prediction] = {}
+        self._known: dict[tuple[str, tuple[int, int]], Prediction] = {}
         stored = folder / "inputs.json"
         before = None
         with contextlib.suppress(OSError, ValueError):
@@ -59,7 +66,7 @@ class Predictions:
             missing_ok=True
         )  # a metrics.json promises that the predictions next to it are complete
         if before == inputs:
-            self._known = {(one.model, one.row): one for one in _read(self.path)}
+            self._known = {(one.model, one.key): one for one in _read(self.path)}
         else:
             if self.path.exists():
                 log.warning("%s: made from other inputs, starting again", self.path)
@@ -67,8 +74,8 @@ class Predictions:
             stored.write_text(json.dumps(inputs, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         self._write(self._known.values())
 
-    def of(self, model: str, rows: Sequence[int]) -> list[Prediction] | None:
-        """Return one model's predictions for these rows, in their order; None if one is missing."""
+    def of(self, model: str, rows: Sequence[tuple[int, int]]) -> list[Prediction] | None:
+        """Return one model's predictions for these keys, (row, turn), in their order; None if one is missing."""
         found = [self._known.get((model, row)) for row in rows]
         return [one for one in found if one is not None] if None not in found else None
 
@@ -76,11 +83,11 @@ class Predictions:
         """Append a whole batch. A batch that a kill cuts short is answered again as the same batch, so the scores stay the same."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(_line(one) for one in batch))
-        self._known |= {(one.model, one.row): one for one in batch}
+        self._known |= {(one.model, one.key): one for one in batch}
 
     def put_in_order(self, models: Sequence[str]) -> None:
         """Rewrite the file in the order of the golden file, one model after the other."""
-        self._write(sorted(self._known.values(), key=lambda one: (one.row, models.index(one.model))))
+        self._write(sorted(self._known.values(), key=lambda one: (one.key, models.index(one.model))))
 
     def _write(self, predictions: Iterable[Prediction]) -> None:
         draft = self.path.with_name(f".{self.path.name}")
@@ -112,7 +119,7 @@ def predict(
     Args:
         intern: the loaded run; its adapter may be disabled.
         name: stored as the predictions' model.
-        golden: rows with question, answer, chunk_text and row.
+        golden: rows with question, answer, chunk_text, history, row and turn.
         with_context: show chunk_text before each question.
         batch_size: rows answered at once.
         seed: of sampling; batch n is answered with seed + n.
@@ -131,6 +138,7 @@ def predict(
     from intern.inference.losses import answer_losses
 
     questions, references, numbers = (list(golden[column]) for column in ("question", "answer", "row"))
+    keys = list(zip(numbers, golden[COLUMN], strict=True))
     shown = list(golden["chunk_text"]) if with_context else [None] * len(golden)
     histories, systems = [turns(history) for history in golden["history"]], list(golden["system"])
     encoded = intern.prompt.encode(
@@ -152,7 +160,7 @@ def predict(
     if console.is_terminal:
         batches = track(list(batches), description=f"answers: {name}", console=console)
     for number, batch in batches:
-        if done.of(name, [numbers[index] for index in batch]) is not None:
+        if done.of(name, [keys[index] for index in batch]) is not None:
             continue
         fitting = [(index, row) for index in batch if (row := encoded[index]) is not None]
         inputs = [{"input_ids": row.input_ids, "labels": row.labels} for _, row in fitting]
@@ -190,6 +198,7 @@ def predict(
                     loss=losses[index][0] if index in losses else None,
                     loss_tokens=losses[index][1] if index in losses else 0,
                     seconds=round(seconds, 4),
+                    turn=keys[index][1],
                 )
                 for index, reply in zip(batch, replies, strict=True)
             ]
