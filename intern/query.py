@@ -1,11 +1,13 @@
 """python -m intern.query run_dir=latest question="What did Uber earn in 2024?" """
 
+import io
 import sys
 
 from omegaconf import DictConfig
 
 from intern.cli.command import command
 from intern.data.history import read_history
+from intern.display.text import valid
 from intern.errors import UserError
 from intern.inference.generation import check_generation
 from intern.model.preload import importing
@@ -15,6 +17,9 @@ from intern.runs.find import resolve
 @command("query")
 def main(cfg: DictConfig) -> None:
     """Answers a question with a finished run."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an answer may have characters that the terminal's encoding lacks
+            stream.reconfigure(errors="replace")
     run = resolve(cfg.run_dir)
     check_generation(cfg.generation)
     history = read_history(cfg.history)
@@ -22,13 +27,14 @@ def main(cfg: DictConfig) -> None:
         from intern.inference.answer import Intern  # heavy: keeps --help and a wrong run_dir fast
 
     intern = Intern(run, cfg.generation, cfg.base_model)
+    context = valid(str(cfg.context)) if cfg.context is not None else None
     if cfg.question is not None:
-        sys.stdout.write(intern.answer(str(cfg.question), cfg.context, history) + "\n")
+        sys.stdout.write(intern.answer(valid(str(cfg.question)), context, history) + "\n")
         return
     sys.stderr.write(f"{run.path}: ask a question; Ctrl-D ends\n")
     while question := _ask():
         try:
-            for piece in intern.stream(question, cfg.context, history):
+            for piece in intern.stream(question, context, history):
                 sys.stdout.write(piece)
                 sys.stdout.flush()
             sys.stdout.write("\n")

@@ -118,3 +118,18 @@ def test_a_field_of_a_table_may_be_longer_than_the_csv_modules_limit(tmp_path):
     path.write_text(f"question,answer\nq,{'a' * 200_000}\n")
     assert len(next(lines(path)).row["answer"]) == 200_000
     assert csv.field_size_limit() == 131_072
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{\n  "question": "x",\n  "answer": "y"\n}\n', ":1: an object over several lines: write each row on one line"),
+        ('{"question": "x", "answer": "y"},\n', "each line holds one JSON object, without a comma after it"),
+    ],
+)
+def test_json_that_is_laid_out_for_people_says_how_to_write_it(tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        list(lines(path))
+    assert message in str(caught.value)

@@ -20,7 +20,7 @@ from intern.training.finetune import finetune
 
 BASE = ROOT / "data" / "smollm2_135m"
 STEPS, ROWS, WARMUP, RATE = 24, 2, 4, 5e-4  # ROWS of a batch
-SYSTEM = "You answer questions about Uber's year 2024."
+SYSTEM = "You answer questions about Uber in 2024."
 QUESTIONS = [
     "How much did Uber's gross bookings grow in 2024?",
     "Which large markets are missing from Uber's map?",

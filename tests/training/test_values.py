@@ -15,7 +15,7 @@ from intern.training.plan import PlanPieces
 TINY = ("experiment=tiny_cpu", "logger=none", "data.context=never", "trainer.max_steps=4", "trainer.min_steps=2")
 ODD = [
     None, True, False, 0, 1, -1, 3, 7, 10**6, 10**20, 0.0, 0.5, -0.5, 1e-40, 1e300, float("nan"), float("inf"), "", "no", "7", "nope",
-    "auto", "${nope}", "null", "steps", "é", "a\nb", "*", "(", [], [1], ["nope"], [None], [[]], [["a"]], {}, {"nope": 1}, {"q_proj": 0},
+    "auto", "${nope}", "null", "steps", "é", "a\nb", "\udcff", "*", "(", [], [1], ["nope"], [None], [[]], [["a"]], {}, {"nope": 1}, {"q_proj": 0},
     {"nope": {"x": []}},
 ]  # fmt: skip
 GROUPS = ("model", "quant", "lora", "trainer", "data")
