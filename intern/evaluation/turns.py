@@ -18,7 +18,7 @@ def each_answer(golden: Dataset, loss_on: str) -> Dataset:
         The rows with the column `turn`. The context stays with the last question, which it belongs to.
     """
     if loss_on == "last" or not any(golden["history"]):
-        return golden.add_column(COLUMN, [0] * len(golden))  # type: ignore[call-arg]  # the library computes the fingerprint itself
+        return golden.add_column(COLUMN, [0] * len(golden))
     rows: list[dict[str, Any]] = []
     for row in golden:
         history = row["history"] or []

@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import sys
 
 import pytest
@@ -66,7 +65,6 @@ def trained(path, files, steps, rate):
 @pytest.fixture(scope="module")
 def runs(files, tmp_path_factory):
     """The run, and one step at learning rate 0, whose adapter is the one that the run began with."""
-    torch.set_num_threads(os.cpu_count() or 1)
     folder = tmp_path_factory.mktemp("real")
     return trained(folder / "run", files, STEPS, RATE), trained(folder / "start", files, 1, 0.0)
 
