@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 
 from hypothesis import strategies as st
-from intern.evaluation.run_files import _write_csv
-from intern.evaluation.run_reader import FinishedRun, OtherRun, read_run
-from intern.evaluation.run_report import notes, others, table
-from intern.evaluation.run_table import read_runs
+from intern.comparison.files import _write_csv
+from intern.comparison.reader import FinishedRun, OtherRun, read_run
+from intern.comparison.table import notes, others, table
+from intern.comparison.groups import read_runs
 from transformers import AutoTokenizer
 
 from intern.data.files import checked_row

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast, get_args
 from transformers import PreTrainedTokenizerBase
 
 from intern.data.chat_template import Renderer, build_renderer, take_apart
+from intern.data.conversation import checked_text
 from intern.data.row_tokens import (
     IGNORED,
     Encoded,
@@ -177,6 +178,8 @@ class Prompt:
         """Raises UserError for an empty question or material that no training row had; warns where material is missing."""
         if not question.strip():
             raise UserError("question is empty: give question='...'")
+        checked_text(question, "question")
+        checked_text(material, "context")
         if self.context == "always" and not material:
             log.warning("this run was trained with material before every question: give it with context='...'")
         if self.context == "never" and material:

@@ -108,7 +108,11 @@ def parse_json(line: bytes, place: str) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         if b"\x00" in line:
             raise UserError(f"{place}: not JSON but NUL bytes: the file is damaged, or not UTF-8") from error
-        raise UserError(f"{place}: not JSON ({error}): each line holds one JSON object") from error
+        if line.strip() == b"{":
+            remedy = "an object over several lines: write each row on one line, or all rows as an array [...] in a .json file"
+            raise UserError(f"{place}: {remedy}") from error
+        comma = ", without a comma after it" if line.rstrip().endswith(b"},") else ""
+        raise UserError(f"{place}: not JSON ({error}): each line holds one JSON object{comma}") from error
     return _checked_object(row, place)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
+from intern.data.conversation import checked_text
 from intern.data.formats import AUTO, RowSettings
 from intern.data.row_tokens import LossOn
 from intern.errors import UserError
@@ -78,6 +79,7 @@ def resolved(data: DataConfig) -> DataConfig:
         raise UserError("data.eval_share: data.eval_file is given too: keep one of them")
     if system_prompt == AUTO:
         system_prompt = sample.get("system_prompt")
+    checked_text(system_prompt, "data.system_prompt")
     if data.weights is not None:
         if len(data.weights) != len(data.train_files):
             raise UserError(

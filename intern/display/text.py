@@ -88,3 +88,8 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def valid(text: str) -> str:
+    """The text with a replacement character for each byte that was not UTF-8: a command line and a terminal may hold any bytes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

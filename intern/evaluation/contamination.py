@@ -63,6 +63,10 @@ def find_overlap(run: Run, golden: Dataset, train_file: str | None) -> Overlap:
     pairs = {
         (comparable(question), comparable(answer))
         for question, answer in zip(trained["question"], trained["answer"], strict=True)
+    } | {
+        (comparable(turn["question"]), comparable(turn["answer"]))
+        for history in trained["history"]
+        for turn in history or ()
     }
     chunks = {comparable(chunk) for chunk in trained["chunk_text"] if chunk}
     return Overlap(

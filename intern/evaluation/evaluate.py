@@ -27,6 +27,7 @@ from intern.evaluation.lm_eval_tasks import check_tasks
 from intern.evaluation.predictions import Prediction, Predictions, predict
 from intern.evaluation.scores import Group, Row, RowScores, score_groups, score_rows
 from intern.evaluation.sides import Side, build_sides, fingerprint
+from intern.evaluation.turns import COLUMN, each_answer
 from intern.inference.generation_values import check_generation
 from intern.model.preload import importing
 from intern.runs.directory import SCHEMA_VERSION, Run
@@ -79,7 +80,7 @@ def evaluate(cfg: DictConfig, run: Run, against: Run | None, earlier: Sequence[R
     found = golden_rows(plain(stored.data), cfg.eval_file, any(side.with_context for side in sides))
     if found is None:
         raise UserError("eval_file: the run has none: name a golden file with eval_file=...")
-    file, golden = found.file, found.rows
+    file, golden = found.file, each_answer(found.rows, stored.data.get("loss_on", "all"))
     overlap = find_overlap(run, golden, cfg.train_file)
     folder = _make_folder(cfg, run, against, file)
     judge = _build_judge(cfg.judge, folder)
@@ -88,6 +89,7 @@ def evaluate(cfg: DictConfig, run: Run, against: Run | None, earlier: Sequence[R
     rows = [
         Row(
             number=row["row"],
+            turn=row[COLUMN],
             question=row["question"],
             reference=row["answer"],
             context=row["chunk_text"],
@@ -213,10 +215,12 @@ def _predictions(
     }
     if from_environment(cfg):  # what was meant decides the answers, and is not stored itself
         inputs["environment"] = hashlib.sha256(json.dumps(plain(cfg.generation)).encode()).hexdigest()
+    if any(golden[COLUMN]):
+        inputs["turns"] = "all"
     done = Predictions(folder, json.loads(json.dumps(inputs)))
     for other in earlier:
         done.take_from(other)
-    numbers = list(golden["row"])
+    numbers = list(zip(golden["row"], golden[COLUMN], strict=True))
     for run in dict.fromkeys(side.run for side in sides):
         missing = [side for side in sides if side.run == run and done.of(side.name, numbers) is None]
         if missing:

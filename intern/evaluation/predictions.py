@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from intern.display.text import json_text
 from intern.errors import RunError
+from intern.evaluation.turns import COLUMN
 from intern.runs.files import replace_file, write_text
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ class Prediction:
     loss: float | None  # nats, summed over the reference's tokens; None: the row does not fit into the trained length
     loss_tokens: int
     seconds: float  # the batch's answering time divided by its rows
+    turn: int = 0  # of a conversation, from 1; 0: the row has one question
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What tells the answers of one model apart."""
+        return self.row, self.turn
 
 
 _CHECKED = TypeAdapter(Prediction)
@@ -53,13 +60,13 @@ class Predictions:
         """
         self.path = folder / "predictions.jsonl"
         self._inputs = inputs
-        self._known: dict[tuple[str, int], Prediction] = {}
+        self._known: dict[tuple[str, tuple[int, int]], Prediction] = {}
         stored = folder / "inputs.json"
         before = None
         with contextlib.suppress(OSError, ValueError):
             before = json.loads(stored.read_text(encoding="utf-8"))
         if before == inputs:
-            self._known = {(one.model, one.row): one for one in _read(self.path)}
+            self._known = {(one.model, one.key): one for one in _read(self.path)}
             self._write(self._known.values())
             return
         if self.path.exists():
@@ -90,8 +97,8 @@ class Predictions:
         if found:
             self.add(found)
 
-    def of(self, model: str, rows: Sequence[int]) -> list[Prediction] | None:
-        """Return one model's predictions for these rows, in their order; None if one is missing."""
+    def of(self, model: str, rows: Sequence[tuple[int, int]]) -> list[Prediction] | None:
+        """Return one model's predictions for these keys, (row, turn), in their order; None if one is missing."""
         found = [self._known.get((model, row)) for row in rows]
         return [one for one in found if one is not None] if None not in found else None
 
@@ -103,11 +110,11 @@ class Predictions:
         """Append a whole batch. A batch that a kill cuts short is answered again as the same batch, so the scores stay the same."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(_line(one) for one in batch))
-        self._known |= {(one.model, one.row): one for one in batch}
+        self._known |= {(one.model, one.key): one for one in batch}
 
     def put_in_order(self, models: Sequence[str]) -> None:
         """Rewrite the file in the order of the golden file, one model after the other."""
-        self._write(sorted(self._known.values(), key=lambda one: (one.row, models.index(one.model))))
+        self._write(sorted(self._known.values(), key=lambda one: (one.key, models.index(one.model))))
 
     def _write(self, predictions: Iterable[Prediction]) -> None:
         write_text(self.path, self.path.parent, "".join(_line(one) for one in predictions))
@@ -137,7 +144,7 @@ def predict(
     Args:
         intern: the loaded run; its adapter may be disabled.
         name: stored as the predictions' model.
-        golden: rows with question, answer, chunk_text and row.
+        golden: rows with question, answer, chunk_text, history, row and turn.
         with_context: show chunk_text before each question.
         batch_size: rows answered at once.
         seed: of sampling; batch n is answered with seed + n.
@@ -156,6 +163,7 @@ def predict(
     from intern.inference.losses import answer_losses
 
     questions, references, numbers = (list(golden[column]) for column in ("question", "answer", "row"))
+    keys = list(zip(numbers, golden[COLUMN], strict=True))
     shown = list(golden["chunk_text"]) if with_context else [None] * len(golden)
     histories, systems = [turns(history) for history in golden["history"]], list(golden["system"])
     encoded = intern.prompt.encode(
@@ -177,7 +185,7 @@ def predict(
     if console.is_terminal:
         batches = track(list(batches), description=f"answers: {name}", console=console)
     for number, batch in batches:
-        if done.of(name, [numbers[index] for index in batch]) is not None:
+        if done.of(name, [keys[index] for index in batch]) is not None:
             continue
         fitting = [(index, row) for index in batch if (row := encoded[index]) is not None]
         inputs = [{"input_ids": row.input_ids, "labels": row.labels} for _, row in fitting]
@@ -215,6 +223,7 @@ def predict(
                     loss=losses[index][0] if index in losses else None,
                     loss_tokens=losses[index][1] if index in losses else 0,
                     seconds=round(seconds, 4),
+                    turn=keys[index][1],
                 )
                 for index, reply in zip(batch, replies, strict=True)
             ]

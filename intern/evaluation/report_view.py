@@ -162,7 +162,8 @@ def _example(row: Row) -> dict[str, Any]:
         False: "training never saw its chunk",
         None: "whether training saw its chunk is unknown",
     }
-    marks = [f"row {row.number}", *([row.topic] if row.topic else []), of_training[row.seen]]
+    turn = f", turn {row.turn}" if row.turn else ""
+    marks = [f"row {row.number}{turn}", *([row.topic] if row.topic else []), of_training[row.seen]]
     if row.trained:
         marks.append("is a training row")
     if row.unanswerable:

@@ -45,6 +45,7 @@ class Row:
     seen: bool | None  # training had its chunk
     before: RowScores
     after: RowScores
+    turn: int = 0  # of a conversation, from 1; 0: the row has one question
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def score_groups(rows: list[Row], seed: int, resamples: int, losses_comparable: 
 
 
 def _score_group(name: str, kind: str, rows: list[Row], seed: int, resamples: int, losses_comparable: bool) -> Group:
-    clusters = [row.context if row.context else row.number for row in rows]
+    contexts = {row.number: row.context for row in rows if row.context}  # the last turn of a conversation has it
+    clusters = [contexts.get(row.number, row.number) for row in rows]
     scores, counted = {}, {}
     for key, metric in METRICS.items():
         # A row counts for both models or for neither.

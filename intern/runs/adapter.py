@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from intern.errors import UserError
+from intern.runs.adapter_tensors import LARGEST, implied_tensors, with_adapter, wrapped_by
 from intern.runs.files import check_file, check_folder
 from intern.runs.patterns import PLAIN_NAME, check_patterns, without_patterns
 from intern.runs.untrusted import json_object
@@ -66,7 +67,6 @@ _PLAIN_NAMES = (
     "target_parameters",
     "trainable_token_indices",
 )  # PEFT would match them by re
-_LARGEST = 65_504.0  # of float16; trained weights and scales are below 100
 _FLOATING = ("F16", "BF16", "F32", "F64")  # safetensors' names
 
 
@@ -115,11 +115,11 @@ def check_readable(lora: "LoraConfig", skeleton: "PreTrainedModel") -> None:
         read = read_lora(json.loads(json.dumps(stored)), place)
         modules, parameters = names_of(skeleton, read)
         read = without_patterns(read, modules, place, parameters)
-        _implied_tensors(read, skeleton, place)
-        head = _with_adapter(read, skeleton, place).get_output_embeddings()
+        implied_tensors(read, skeleton, place)
+        head = with_adapter(read, skeleton, place).get_output_embeddings()
         if type(head) is not type(skeleton.get_output_embeddings()):
             raise UserError(
-                f"{_wrapped_by(head)}: reaches the model's output layer, from whose own weights the loss is computed: leave it out"
+                f"{wrapped_by(head)}: reaches the model's output layer, from whose own weights the loss is computed: leave it out"
                 + (
                     " (the embeddings are the same tensor)"
                     if skeleton.config.get_text_config().tie_word_embeddings
@@ -155,7 +155,7 @@ def check_tensors(lora: "LoraConfig", skeleton: "PreTrainedModel", folder: Path)
     """
     modules, parameters = names_of(skeleton, lora)
     lora = without_patterns(lora, modules, folder / _CONFIG, parameters)
-    wanted = _implied_tensors(lora, skeleton, folder / _CONFIG)
+    wanted = implied_tensors(lora, skeleton, folder / _CONFIG)
     weights = folder / _WEIGHTS
     try:
         with safe_open(weights, framework="pt") as file:
@@ -178,9 +178,9 @@ def check_tensors(lora: "LoraConfig", skeleton: "PreTrainedModel", folder: Path)
                         f"{weights}: {name} has type {found[name].get_dtype()}: adapters are floating point"
                     )
             for name in wanted:
-                if not float(file.get_tensor(name).abs().amax()) <= _LARGEST:  # also false for NaN
+                if not float(file.get_tensor(name).abs().amax()) <= LARGEST:  # also false for NaN
                     raise UserError(
-                        f"{weights}: {name} has values that are NaN, infinite or larger than {_LARGEST:,.0f}"
+                        f"{weights}: {name} has values that are NaN, infinite or larger than {LARGEST:,.0f}"
                     )
     except (SafetensorError, OSError) as error:
         raise UserError(f"{weights}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error
@@ -253,47 +253,6 @@ def _texts(value: Any) -> list[Any]:
     if isinstance(value, str):
         return [value]
     return [one for one in value if isinstance(one, str)] if isinstance(value, list | dict) else []
-
-
-def _wrapped_by(module: Any) -> str:
-    """The key of conf/lora that has put an adapter around a module."""
-    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-
-    if isinstance(module, TrainableTokensWrapper):
-        return "trainable_token_indices"
-    return "modules_to_save" if isinstance(module, ModulesToSaveWrapper) else "target_modules"
-
-
-def _with_adapter(lora: "LoraConfig", skeleton: "PreTrainedModel", file: Path) -> Any:
-    """Return a copy of the base model without weights, with the adapter that its configuration describes."""
-    import copy
-
-    import torch
-    from peft import get_peft_model
-    from peft.tuners.lora import LoraLayer
-
-    try:
-        with torch.device("meta"):
-            model = get_peft_model(copy.deepcopy(skeleton), dataclasses.replace(lora, init_lora_weights=False))
-    except Exception as error:  # PEFT raises errors of many kinds for what it cannot build
-        raise UserError(f"{file}: does not fit the base model: {' '.join(str(error).split())[:200]}") from error
-    for name, layer in model.named_modules():
-        for scale in layer.scaling.values() if isinstance(layer, LoraLayer) else ():
-            if not (isinstance(scale, int | float) and abs(scale) <= _LARGEST):
-                raise UserError(f"{file}: the scale of {name}, lora_alpha / r, is {scale:g}: refused")
-    return model
-
-
-def _implied_tensors(lora: "LoraConfig", skeleton: "PreTrainedModel", file: Path) -> dict[str, list[int]]:
-    """Return the names and shapes of the tensors that PEFT saves for this configuration."""
-    from peft import get_peft_model_state_dict
-
-    model = _with_adapter(lora, skeleton, file)
-    try:
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    except Exception as error:  # as above
-        raise UserError(f"{file}: does not fit the base model: {' '.join(str(error).split())[:200]}") from error
-    return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
 def _some(names: list[str]) -> str:

@@ -37,6 +37,7 @@ _SET_ELSEWHERE = {
     "trust_remote_code": "code from a model repository is never run",
     "chat_template_path": "set by model: the tokenizer's own",
     "eos_token": "set by model: the tokenizer's own",
+    "pad_token": "set by model: the tokenizer's own",
     "push_to_hub": _UPLOAD,
     "hub_model_id": _UPLOAD,
     "hub_token": _UPLOAD,
@@ -52,6 +53,8 @@ _SET_ELSEWHERE = {
     "parallelism_config": _ONE_PROCESS,
     "local_rank": _ONE_PROCESS,
     "auto_find_batch_size": "set by trainer.activation_checkpointing=auto, which measures what fits",
+    "activation_offloading": "set by trainer.activation_checkpointing=auto, which measures what fits",
+    "dataloader_drop_last": "every row is trained",
     "label_names": _ROWS,
     "remove_unused_columns": _ROWS,
     "dataset_text_field": _ROWS,
@@ -115,6 +118,10 @@ def build_training_args(node: DictConfig, run: Run, precision: Precision, seed: 
         values["activation_checkpointing"] = precision.device == "cuda"  # a CPU rarely runs out of memory
     if values.get("use_liger_kernel") == AUTO:
         values["use_liger_kernel"] = precision.device == "cuda" and is_liger_kernel_available()
+    if values.get("use_liger_kernel") is True and not is_liger_kernel_available():
+        raise UserError(
+            "trainer.use_liger_kernel=true: the package liger-kernel is not installed: install it, or leave auto"
+        )
     values |= {
         "output_dir": str(run.checkpoints),
         "seed": seed,

@@ -50,6 +50,7 @@ RANGES: dict[str, tuple[str, str]] = {
     "trainer.save_total_limit": ("[1, inf)", "a run without checkpoints cannot be resumed"),
     "trainer.label_smoothing_factor": ("[0, 1)", "0 turns it off"),
     "trainer.neftune_noise_alpha": ("[0, inf)", "0 turns it off"),
+    "trainer.eval_accumulation_steps": ("[1, inf)", "leave it out to keep all"),
     "trainer.pad_to_multiple_of": ("[1, inf)", "leave it out for no padding beyond the longest row"),
     "trainer.dataloader_num_workers": ("[0, 512]", "0 loads rows in the training process"),
     "model.quantized_cache_gib": ("(0, inf)", "model.quantized_cache=null turns the cache off"),
@@ -82,12 +83,8 @@ def numbers_are_in_range(cfg: Groups) -> str | None:
             continue
         interval, reason = RANGES[key]
         low, high = (float(end) for end in interval[1:-1].split(","))
-        if (
-            value < low
-            or value > high
-            or (value == low and interval[0] == "(")
-            or (value == high and interval[-1] == ")")
-        ):
+        is_open = (value == low and interval[0] == "(") or (value == high and interval[-1] == ")")
+        if not low <= value <= high or is_open:
             return f"{key}={value}: must be {_words(interval)}; {reason}"
     return None
 
@@ -151,12 +148,27 @@ def the_best_model_has_been_evaluated(cfg: Groups) -> str | None:
 
 def named_choices_exist(cfg: Groups) -> str | None:
     """Optimizers, schedules and strategies are known by name."""
-    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType  # heavy
+    from accelerate.utils import DynamoBackend  # these are heavy
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
     from transformers.training_args import OptimizerNames
+    from transformers.utils.logging import log_levels
 
     named = {
         "quant.bnb_4bit_quant_type": ("nf4", "fp4"),
         "quant.bnb_4bit_compute_dtype": ("float16", "bfloat16", "float32"),
+        "trainer.log_level": ("passive", *log_levels),
+        "trainer.log_level_replica": ("passive", *log_levels),
+        "trainer.packing_strategy": ("bfd", "bfd_split", "wrapped"),
+        "trainer.loss_type": ("nll", "dft", "chunked_nll"),
+        "trainer.dataloader_multiprocessing_context": ("fork", "forkserver", "spawn"),
+        "trainer.torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
+        "trainer.torch_compile_mode": (
+            "default",
+            "lite",
+            "reduce-overhead",
+            "max-autotune-no-cudagraphs",
+            "max-autotune",
+        ),
         **{
             f"trainer.{key}": tuple(str(kind.value) for kind in kinds)
             for key, kinds in (
@@ -248,6 +260,15 @@ def the_adapter_names_no_code(cfg: Groups) -> str | None:
     return None
 
 
+def processes_that_load_rows_are_there(cfg: Groups) -> str | None:
+    """Keys of the processes that load rows need such processes."""
+    trainer = cfg["trainer"]
+    for key in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if trainer.get(key) and not trainer.get("dataloader_num_workers"):
+            return f"trainer.{key}={trainer[key]}: needs trainer.dataloader_num_workers of at least 1"
+    return None
+
+
 def automatic_keys_are_true_false_or_auto(cfg: Groups) -> str | None:
     """activation_checkpointing and use_liger_kernel are true, false or auto."""
     for key in ("activation_checkpointing", "use_liger_kernel"):
@@ -276,6 +297,7 @@ OF_VALUES: tuple[Callable[[Groups], str | None], ...] = (
     packed_rows_stay_whole,
     the_adapter_is_for_a_causal_language_model,
     the_adapter_names_no_code,
+    processes_that_load_rows_are_there,
     automatic_keys_are_true_false_or_auto,
 )
 

@@ -125,3 +125,18 @@ def test_an_array_with_an_endless_number_or_depth_is_one_line(text, tmp_path):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(UserError, match=r"rows.json: not JSON \("):
         list(lines(tmp_path / "rows.json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{\n  "question": "x",\n  "answer": "y"\n}\n', ":1: an object over several lines: write each row on one line"),
+        ('{"question": "x", "answer": "y"},\n', "each line holds one JSON object, without a comma after it"),
+    ],
+)
+def test_json_that_is_laid_out_for_people_says_how_to_write_it(tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        list(lines(path))
+    assert message in str(caught.value)

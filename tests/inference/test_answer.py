@@ -1,5 +1,6 @@
 """A finished run answers: from the command line, from Python, from anywhere."""
 
+import os
 import subprocess
 import sys
 
@@ -37,6 +38,20 @@ def test_a_question_with_hydras_own_signs_arrives_as_it_was_asked(trained_run):
     question = r"""What's up with "Uber One", e.g. {members=30M, fee: $9.99}, [a,b] and ${oc.env:HOME} \ or \" so?"""
     done = command("intern.query", f"run_dir={trained_run}", f"question={question}", "generation.max_new_tokens=8")
     assert done.stdout.strip() == Intern(Run(trained_run), {"max_new_tokens": 8, "do_sample": False}).answer(question)
+
+
+def test_bytes_that_are_no_text_and_a_terminal_that_lacks_characters_end_in_replacement_characters(trained_run):
+    line = [sys.executable, "-m", "intern.query", f"run_dir={trained_run}", "generation.max_new_tokens=8"]
+    done = subprocess.run(
+        [*line, b"question=\xff\xf0\x9f\x9a\x80?"], cwd=ROOT, capture_output=True, check=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.stdout.isascii() and done.stdout.strip()
+
+
+def test_text_that_is_no_text_is_refused_in_python(intern):
+    with pytest.raises(UserError, match="question has a character that is no text"):
+        intern.answer("\udcff?")
 
 
 def test_python_asks_the_same_and_loads_once(trained_run, monkeypatch, tmp_path):

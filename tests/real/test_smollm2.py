@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import sys
 
 import pytest
@@ -20,7 +19,7 @@ from intern.training.finetune import finetune
 
 BASE = ROOT / "data" / "smollm2_135m"
 STEPS, ROWS, WARMUP, RATE = 24, 2, 4, 5e-4  # ROWS of a batch
-SYSTEM = "You answer questions about Uber's year 2024."
+SYSTEM = "You answer questions about Uber in 2024."
 QUESTIONS = [
     "How much did Uber's gross bookings grow in 2024?",
     "Which large markets are missing from Uber's map?",
@@ -66,7 +65,6 @@ def trained(path, files, steps, rate):
 @pytest.fixture(scope="module")
 def runs(files, tmp_path_factory):
     """The run, and one step at learning rate 0, whose adapter is the one that the run began with."""
-    torch.set_num_threads(os.cpu_count() or 1)
     folder = tmp_path_factory.mktemp("real")
     return trained(folder / "run", files, STEPS, RATE), trained(folder / "start", files, 1, 0.0)
 

@@ -15,7 +15,7 @@ from intern.training.plan import PlanPieces
 TINY = ("experiment=tiny_cpu", "logger=none", "data.context=never", "trainer.max_steps=4", "trainer.min_steps=2")
 ODD = [
     None, True, False, 0, 1, -1, 3, 7, 10**6, 10**20, 0.0, 0.5, -0.5, 1e-40, 1e300, float("nan"), float("inf"), "", "no", "7", "nope",
-    "auto", "${nope}", "null", "steps", "é", "a\nb", "*", "(", [], [1], ["nope"], [None], [[]], [["a"]], {}, {"nope": 1}, {"q_proj": 0},
+    "auto", "${nope}", "null", "steps", "é", "a\nb", "\udcff", "*", "(", [], [1], ["nope"], [None], [[]], [["a"]], {}, {"nope": 1}, {"q_proj": 0},
     {"nope": {"x": []}},
 ]  # fmt: skip
 GROUPS = ("model", "quant", "lora", "trainer", "data")
@@ -105,6 +105,16 @@ def test_any_value_of_any_generation_key_is_accepted_or_one_line():
         ("+lora.velora_config={}", "lora.velora_config: not supported"),
         ("+trainer.lr_scheduler_kwargs={nope:1}", "trainer.lr_scheduler_kwargs={'nope': 1}: is refused"),
         ("+trainer.activation_checkpointing_kwargs=x", "trainer.activation_checkpointing_kwargs='x': must be names"),
+        ("+trainer.loss_type=nope", "trainer.loss_type=nope: must be one of nll, dft, chunked_nll"),
+        ("+trainer.log_level=nope", "trainer.log_level=nope: must be one of"),
+        (
+            "+trainer.dataloader_drop_last=true",
+            "trainer.dataloader_drop_last: cannot be set here; every row is trained",
+        ),
+        ("+trainer.pad_token=nope", "trainer.pad_token: cannot be set here"),
+        ("+trainer.eval_accumulation_steps=0", "trainer.eval_accumulation_steps=0: must be at least 1"),
+        ("+trainer.dataloader_persistent_workers=true", "trainer.dataloader_persistent_workers=True: needs"),
+        ("+trainer.torch_compile_backend=nope", "trainer.torch_compile_backend=nope: did you mean"),
         ("+trainer.pad_to_multiple_of=0", "trainer.pad_to_multiple_of=0: must be at least 1"),
         ("+trainer.push_to_hub=true", "trainer.push_to_hub: cannot be set here; nothing is uploaded"),
         ("+trainer.bf16_full_eval=true", "trainer.bf16_full_eval: cannot be set here"),
