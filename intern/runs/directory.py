@@ -253,8 +253,9 @@ class Run:
         except UserError:
             return math.inf
         loss = metrics.get("eval_loss", metrics.get("train_loss"))
-        is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
-        return float(loss) if is_number and abs(loss) < sys.float_info.max else math.inf
+        if isinstance(loss, bool) or not isinstance(loss, int | float):
+            return math.inf
+        return float(loss) if abs(loss) < sys.float_info.max else math.inf
 
 
 def _is_complete(checkpoint: Path, root: Path) -> bool:

@@ -69,8 +69,9 @@ def _is_number(text: str) -> bool:
 
 def _check_files(values: dict[str, Any]) -> None:
     """Raise UserError for a data file that is named by its path and is not there."""
-    data = values.get("data")
-    for key in ("train_file", "eval_file") if isinstance(data, Mapping) else ():
+    group = values.get("data")
+    data: Mapping[str, Any] = group if isinstance(group, Mapping) else {}
+    for key in ("train_file", "eval_file"):
         for name in _names(data.get(key)):
             if find(name) is None and not glob.has_magic(name) and not name.startswith(_HUB):
                 hint = f"; a dataset of the hub is named {_HUB}{name}" if _may_be_of_the_hub(name) else ""

@@ -22,7 +22,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.m
     (ROOT / "docs").glob("*.md")
 )
 FREE_TEXT = ("question", "context")
-EXTERNAL = {"hf", "wandb", "git", "cd", "pip"}
+EXTERNAL = {"hf", "wandb", "git", "cd", "pip", "eval"}
 # What cannot run here is composed by Hydra only, so that a key that was renamed still fails.
 NEEDS_MORE = {
     "model": "a model from the hub",
