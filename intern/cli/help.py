@@ -45,15 +45,27 @@ def help_text(name: str, summary: str, example: str) -> str:
         example: a command line.
     """
     file = CONF_DIR / f"{name}.yaml"
-    has_training_keys = name == "train" or bool(re.search(r"^  - train$", file.read_text(encoding="utf-8"), re.MULTILINE))
+    has_training_keys = name == "train" or bool(
+        re.search(r"^  - train$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    )
     keys = list(own_keys(file))
     width = min(max(len(key) for key, _, _ in keys), _WIDEST_KEY) + 2
     room = max(40, min(shutil.get_terminal_size().columns, 140) - width - 2)
-    lines = [f"intern.{name}: {summary}", "", f"  {example}", "", "Its own keys, as key=value, with their defaults in brackets:", ""]
+    lines = [
+        f"intern.{name}: {summary}",
+        "",
+        f"  {example}",
+        "",
+        "Its own keys, as key=value, with their defaults in brackets:",
+        "",
+    ]
     for key, value, comment in keys:
         first, *rest = textwrap.wrap(f"{comment} [{value}]", room)
         lines.append(f"  {key:<{width}}{first}")
         lines += [" " * (width + 2) + line for line in rest]
     if has_training_keys:
-        lines += ["", "and every key of the groups below, such as lora.r or trainer.max_steps (conf/GROUP/*.yaml say what each does)."]
+        lines += [
+            "",
+            "and every key of the groups below, such as lora.r or trainer.max_steps (conf/GROUP/*.yaml say what each does).",
+        ]
     return "\n".join(lines) + "\n\n"

@@ -39,7 +39,9 @@ def test_help_has_every_own_key_with_a_sentence(name):
         if key not in ("defaults", "hydra"):
             keys |= {f"{key}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {key: value}
     found = {key: comment for key, _, comment in own_keys(CONF_DIR / f"{name}.yaml")}
-    assert found.keys() == {"yes" if key is True else key for key in keys} and all(len(text) > 10 for text in found.values()), found
+    assert found.keys() == {"yes" if key is True else key for key in keys} and all(
+        len(text) > 10 for text in found.values()
+    ), found
     said = help_text(name, "Summary.", "python -m example")
     assert all(f"  {key} " in said for key in found)
 
