@@ -10,12 +10,12 @@ import tempfile
 from pathlib import Path
 
 from hypothesis import strategies as st
-from intern.comparison.files import _write_csv
-from intern.comparison.reader import FinishedRun, OtherRun, read_run
-from intern.comparison.table import notes, others, table
-from intern.comparison.groups import read_runs
 from transformers import AutoTokenizer
 
+from intern.comparison.files import _write_csv
+from intern.comparison.groups import read_runs
+from intern.comparison.reader import FinishedRun, OtherRun, read_run
+from intern.comparison.table import notes, others, table
 from intern.data.files import checked_row
 from intern.data.formats import RowSettings, conversation_row, detect
 from intern.data.prompt import Prompt

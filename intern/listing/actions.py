@@ -105,7 +105,7 @@ def remove_some(runs: Sequence[ListedRun], what: str | None, keep_best: int | No
         is_agreed: whether not to ask.
 
     Raises:
-        UserError: nobody can be asked.
+        UserError: there is no terminal to ask in, or the answer is no.
         RunError: something could not be removed.
     """
     removals = list(_removals(runs, what, keep_best))

@@ -34,13 +34,16 @@ def story(one: ListedRun, config: dict[str, Any], environment: dict[str, Any], m
     yield "folder", str(run.path)
     yield "state", _state(one)
     yield "last written", date(one.written)
-    yield from _what(config)
+    if config:
+        yield from _what(config)
+    else:
+        yield "configuration", "config.yaml is missing or cannot be read"
     yield from _where(environment)
     yield from _how(run, metrics)
     yield from _result(one, metrics)
     yield from _evaluations(run)
     yield from _sizes(run, one.size)
-    yield from _next(one)
+    yield from _next(one, can_resume=bool(config))
 
 
 def _state(one: ListedRun) -> str:
@@ -171,11 +174,11 @@ def _sizes(run: Run, total: int) -> Lines:
             yield "checkpoint", f"of step {last.name.rsplit('-', 1)[1]}"
 
 
-def _next(one: ListedRun) -> Lines:
+def _next(one: ListedRun, can_resume: bool) -> Lines:
     run_dir = shlex.quote(f"run_dir={one.run.path}")
     if one.state is State.FINISHED:
         yield "next", f"python -m intern.query {run_dir} question='...'"
         yield "", f"python -m intern.evaluate {run_dir}"
         yield "", f"python -m intern.runs {shlex.quote(f'pack={one.run.path}')}"
-    elif one.state is State.INTERRUPTED and one.run.config.is_file():
+    elif one.state is State.INTERRUPTED and can_resume:
         yield "next", f"python -m intern.train {shlex.quote(f'resume={one.run.path}')}"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from intern.display.text import visible
 from intern.errors import UserError
 from intern.runs.directory import Run
 from intern.runs.untrusted import yaml_mapping
@@ -54,4 +55,4 @@ def called(run: Run, root: Path | None = None) -> str:
     """
     folder = str(run.path.relative_to(root) if root is not None and run.path.is_relative_to(root) else run.path)
     name = given_name(run)
-    return f"{name} ({folder})" if name else folder
+    return visible(f"{name} ({folder})" if name else folder)

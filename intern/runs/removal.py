@@ -13,7 +13,7 @@ from intern.runs.directory import PARTIAL_FILES, Run
 from intern.runs.files import remove_file
 from intern.runs.lock import lock
 
-# What a run directory may hold. Anything else in it is somebody's own, and stays. The order is that of the removal: a run without
+# What a run directory may hold. Anything else in it is the user's own, and stays. The order is that of the removal: a run without
 # metrics.json is not taken for a finished one, and one without config.yaml is not taken for a run.
 _OWN = (
     *("metrics.json", "checkpoints", "adapter", "evaluation", "wandb", "tensorboard", "memory.json", "prompt.json"),

@@ -97,7 +97,8 @@ def result_lines(metrics: dict[str, Any], golden_name: str | None) -> Iterator[s
         bounds = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
         against = f"; the base's is {base:.3f} ({loss / base - 1:+.0%})" if base else ""
         few = f", fewer than {FEW} and too few to rely on" if metrics["eval_rows"] < FEW else ""
-        yield f"golden loss {loss:.3f}{bounds} on {metrics['eval_rows']:,} rows of {golden_name}{few}{against}"
+        rows = f"{golden_name}" if str(golden_name).startswith("held-out") else f"rows of {golden_name}"
+        yield f"golden loss {loss:.3f}{bounds} on {metrics['eval_rows']:,} {rows}{few}{against}"
     memory = (
         f"at most {metrics['peak_gpu_gib']:.1f} GiB of GPU memory"
         if "peak_gpu_gib" in metrics

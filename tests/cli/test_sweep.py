@@ -213,12 +213,12 @@ def test_all_mistakes_of_all_jobs_are_named_before_the_first_one_starts(tmp_path
 
 def test_a_sweep_says_how_far_it_is_and_which_job_is_the_best_so_far(sweep):
     _, done = sweep
-    assert "4 jobs, all checked; the same in all: experiment=[tiny_cpu,rank_sweep]" in done.stderr
+    assert "4 jobs, all checked; the same in all: lora.r=4 experiment=[tiny_cpu,rank_sweep]" in done.stderr
     ended = [line.partition("] ")[2] for line in done.stderr.splitlines() if " of 4" in line and "; " in line]
     assert re.match(
-        r"job 0 done after \d+ s, 1 of 4; 3 left, about .* one after another; best so far: job 0 ", ended[0]
+        r"job 0 done after \d+ \w+, 1 of 4; 3 left, about .* one after another; best so far: job 0 ", ended[0]
     )
-    assert re.match(r"job 1 failed after \d+ s, 2 of 4; 2 left", ended[1])
+    assert re.match(r"job 1 failed after \d+ \w+, 2 of 4; 2 left", ended[1])
     assert "left" not in ended[3] and re.search(
         r"best so far: job [023] \(trainer.learning_rate=\S+\), golden loss ", ended[3]
     )

@@ -75,6 +75,16 @@ def test_a_story_says_why_a_run_failed_or_how_it_is_resumed(work, asked):
     assert f"next          python -m intern.train resume={work}/outputs/d\n" in stopped
 
 
+def test_a_story_of_a_run_without_a_readable_configuration_says_so(work, asked):
+    (work / "outputs/d/config.yaml").write_text("a: [b")
+    said = asked(work, "show=outputs/d").stdout
+    assert (
+        "configuration  config.yaml is missing or cannot be read" in said
+        and "resume=" not in said
+        and "None" not in said
+    )
+
+
 def test_a_story_tells_what_was_trained_and_what_came_of_it(trained_run, asked, tmp_path):
     said = asked(tmp_path, f"show={trained_run}").stdout
     for text in (

@@ -23,7 +23,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.m
     (ROOT / "docs").glob("*.md")
 )
 FREE_TEXT = ("question", "context")
-EXTERNAL = {"hf", "wandb", "git", "cd", "pip"}
+EXTERNAL = {"hf", "wandb", "git", "cd", "pip", "eval"}
 # What cannot run here is composed by Hydra only, so that a key that was renamed still fails.
 NEEDS_MORE = {
     "model": "a model from the hub",
@@ -242,6 +242,8 @@ def shortened(command):
             named = [one for one in named if not one.startswith("experiment=")]
             added = ["experiment=[tiny_cpu,rank_sweep]", "lora.r=4", *TINY[1:]]
             added += [] if "trainer.learning_rate" in command.keys else ["trainer.learning_rate=1e-3"]
+    if "data.eval_share" in command.keys:  # golden rows are held out: no file has them
+        added = [one for one in added if not one.startswith("data.eval_file")]
     if {"remove", "keep_best"} & set(command.keys):
         added.append("yes=true")
     if "against" in command.keys:  # the newest run is the one that it is compared with

@@ -101,6 +101,7 @@ def test_the_result_of_a_run_in_words():
         "golden loss 1.200 [1.100, 1.300] on 64 rows of golden.jsonl; the base's is 2.400 (-50%)",
         "100 steps (1.4 epochs, 2 more skipped by fp16), 204,800 tokens in 512 s (400 tokens/s), at most 7.6 GiB of GPU memory",
     ]
+    assert " on 64 held-out rows of a.jsonl; " in next(result_lines(METRICS | GOLDEN, "held-out rows of a.jsonl"))
     few = METRICS | GOLDEN | {"eval_rows": 1, "eval_loss_low": None, "eval_loss_high": None, "base_eval_loss": None}
     assert next(result_lines(few, "g")) == "golden loss 1.200 on 1 rows of g, fewer than 30 and too few to rely on"
     assert next(result_lines(METRICS, None)).startswith("training loss 1.500; what was learned is not measured")
