@@ -2,12 +2,14 @@
 
 import functools
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -153,7 +155,9 @@ class Base:
         def quantize() -> PreTrainedModel:
             # The keyword must not be None: transformers would take that for "not quantized", whatever the model's own configuration says.
             quantization = {"quantization_config": chosen.config} if chosen is not None else {}
-            model: PreTrainedModel = self._fetch(AutoModelForCausalLM, **quantization, **arguments)
+            model: PreTrainedModel
+            model, report = self._fetch(AutoModelForCausalLM, output_loading_info=True, **quantization, **arguments)
+            self._check_complete(model, report["missing_keys"], stored_quantization(self.config) or chosen)
             return model
 
         if self._cache is not None and chosen is not None and chosen.is_cached:
@@ -168,6 +172,26 @@ class Base:
         model.generation_config = GenerationConfig()
         return model
 
+    def _check_complete(self, model: PreTrainedModel, missing: Collection[str], quant: Quantization | None) -> None:
+        """Raise UserError for weights that the files lack, which the library makes up, and for 4-bit weights of another shape."""
+        if missing:
+            first = sorted(missing)[0]
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"model.pretrained_model_name_or_path={self.name}: its files lack {first}{more}, which its config.json implies"
+            )
+        if quant is None:
+            return
+        for name, layer in model.named_modules():
+            if not isinstance(layer, quant.layer_class):
+                continue
+            found, wanted = quant.stored_shape(layer), (layer.out_features, layer.in_features)
+            if found != wanted:
+                raise UserError(
+                    f"model.pretrained_model_name_or_path={self.name}: {name} has shape {list(found)} in its files, and its config.json "
+                    f"implies {list(wanted)}"
+                )
+
     def _attention(self, longest: int | None) -> str | None:
         name = choose_attention(self.config, self._arguments.get("attn_implementation"), longest).name
         return register() if name == NAME else name
@@ -178,6 +202,8 @@ class Base:
         try:
             # Code that a model brings along is never run, and the user is not asked to allow it either.
             return loader.from_pretrained(self.name, trust_remote_code=False, **arguments)
-        except (OSError, ValueError, HfHubHTTPError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, RuntimeError, HfHubHTTPError, SafetensorError) as error:
             reason = explain(error, self._revision)
             raise UserError(f"model.pretrained_model_name_or_path={self.name}: {reason}") from error

@@ -8,6 +8,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError
 
 
 def explain(error: BaseException, revision: str | None) -> str:
@@ -36,8 +37,17 @@ def explain(error: BaseException, revision: str | None) -> str:
         return "not in the local cache, and the hub cannot be reached: check the network, or give a folder"
     if raised(RevisionNotFoundError, EntryNotFoundError):
         return f"a file is missing there (revision {revision}): check the name and model.revision"
+    if raised(SafetensorError):
+        return f"its weights cannot be read ({one_line(error)}): download the model again"
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json implies: download the model again"
     if "a `model_type` key in its config.json" in str(error):
         return (
             "has no config.json that names a model_type: give the folder or name of a model that transformers supports"
         )
+    return one_line(error)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error on one line, cut to 300 characters."""
     return " ".join(str(error).split())[:300]

@@ -55,6 +55,10 @@ class Quantization(ABC):
         """Return the bytes of a quantized layer's weight with its scales, from its shape alone."""
 
     @abstractmethod
+    def stored_shape(self, layer: Any) -> tuple[int, ...]:
+        """Return the shape of the weight that a loaded layer holds, whatever its module was made for: (out_features, in_features)."""
+
+    @abstractmethod
     def finish(self, layer: Any, dtype: torch.dtype) -> None:
         """Prepare a loaded layer for computing in `dtype`."""
 
@@ -98,6 +102,9 @@ class FourBit(Quantization):
             return math.ceil(count / 2) + scales * 4 + tables
         return math.ceil(count / 2) + scales + math.ceil(scales / _SCALE_BLOCK) * 4 + 4 + tables
 
+    def stored_shape(self, layer: Any) -> tuple[int, ...]:
+        return tuple(layer.weight.shape if layer.weight.quant_state is None else layer.weight.quant_state.shape)
+
     def finish(self, layer: Any, dtype: torch.dtype) -> None:
         layer.compute_dtype = dtype
         layer.compute_type_is_set = True
@@ -123,6 +130,9 @@ class EightBit(Quantization):
 
     def layer_bytes(self, layer: Any) -> int:
         return layer.in_features * layer.out_features + layer.out_features * 4
+
+    def stored_shape(self, layer: Any) -> tuple[int, ...]:
+        return tuple(layer.weight.shape)
 
     def finish(self, layer: Any, dtype: torch.dtype) -> None:
         """Nothing to do: it computes in the dtype of its inputs."""

@@ -1,8 +1,12 @@
 """The base model as it is loaded: quantized, in the compute dtype, and with correct gradients after an evaluation."""
 
+import json
+import shutil
+
 import bitsandbytes as bnb
 import pytest
 import torch
+from helpers import ROOT
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
@@ -97,3 +101,66 @@ def test_an_unknown_key_is_named():
         UserError, match=r"model.attn_implementatio: unknown key; did you mean model.attn_implementation\?"
     ):
         Base(OmegaConf.create(TINY | {"attn_implementatio": "sdpa"}))
+
+
+def _truncated(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def _other_sizes(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] * 2}))
+
+
+def _missing_shard(folder):
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _more_layers(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncated,
+        _other_sizes,
+        _more_layers,
+        _missing_shard,
+        lambda folder: (folder / "model.safetensors").write_bytes(b""),
+        lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "config.json").write_text("{"),
+    ],
+    ids=[
+        "truncated",
+        "other sizes",
+        "more layers",
+        "missing shard",
+        "empty",
+        "git-lfs pointer",
+        "no weights",
+        "broken config",
+    ],
+)
+def test_a_damaged_base_is_one_line_that_names_its_folder(damage, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(ROOT / "data" / "tiny_llama3", folder)
+    damage(folder)
+    with pytest.raises(UserError) as caught:
+        load(pretrained_model_name_or_path=str(folder), quantized_cache=None)
+    assert str(caught.value).startswith(f"model.pretrained_model_name_or_path={folder}: ")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600, caught.value
+
+
+def test_an_unquantized_base_of_other_shapes_is_one_line_too(tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(ROOT / "data" / "tiny_llama3", folder)
+    _other_sizes(folder)
+    base = Base(OmegaConf.create(TINY | {"pretrained_model_name_or_path": str(folder)}))
+    with pytest.raises(UserError, match="its weights have other shapes than its config.json implies"):
+        base.load(None, Precision("cpu", torch.float32, False, False))
