@@ -162,7 +162,7 @@ def replace_file(path: Path, root: Path) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             os.replace(draft.name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException as error:
-            if isinstance(error, OSError) and error.filename in (None, draft.name):
+            if isinstance(error, OSError) and error.errno and error.filename in (None, draft.name):
                 error.filename = str(path)  # what a message should name
             with contextlib.suppress(OSError):
                 os.unlink(draft.name, dir_fd=folder)
