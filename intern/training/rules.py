@@ -15,7 +15,6 @@ import yaml
 from accelerate.utils import DynamoBackend
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
-from transformers.utils.logging import log_levels
 
 from intern.config.build import check_names
 from intern.errors import UserError
@@ -60,13 +59,14 @@ RANGES: dict[str, tuple[str, str]] = {
     "data.num_proc": ("[1, inf)", "null chooses by the number of rows"),
     "logger.sample_answers": ("[0, inf)", "0 logs none"),
 }
+_LOG_LEVELS = ("passive", "detail", "debug", "info", "warning", "error", "critical")
 CHOICES: dict[str, tuple[str, ...]] = {
     "quant.bnb_4bit_quant_type": ("nf4", "fp4"),
     "quant.bnb_4bit_compute_dtype": ("float16", "bfloat16", "float32"),
     "trainer.optim": tuple(kind.value for kind in OptimizerNames),
     "trainer.lr_scheduler_type": tuple(kind.value for kind in SchedulerType),
-    "trainer.log_level": ("passive", *log_levels),
-    "trainer.log_level_replica": ("passive", *log_levels),
+    "trainer.log_level": _LOG_LEVELS,
+    "trainer.log_level_replica": _LOG_LEVELS,
     "trainer.packing_strategy": ("bfd", "bfd_split", "wrapped"),
     "trainer.loss_type": ("nll", "dft", "chunked_nll"),
     "trainer.dataloader_multiprocessing_context": ("fork", "forkserver", "spawn"),
