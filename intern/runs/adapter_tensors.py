@@ -15,11 +15,11 @@ LARGEST = 65_504.0  # of float16; trained weights and scales are below 100
 
 def wrapped_by(module: Any) -> str:
     """The key of conf/lora that has put an adapter around a module."""
-    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-
-    if isinstance(module, TrainableTokensWrapper):
-        return "trainable_token_indices"
-    return "modules_to_save" if isinstance(module, ModulesToSaveWrapper) else "target_modules"
+    keys = {
+        "TrainableTokensWrapper": "trainable_token_indices",
+        "ModulesToSaveWrapper": "modules_to_save",
+    }  # PEFT's classes
+    return keys.get(type(module).__name__, "target_modules")
 
 
 def with_adapter(lora: "LoraConfig", skeleton: "PreTrainedModel", file: Path) -> Any:

@@ -57,6 +57,7 @@ RANGES: dict[str, tuple[str, str]] = {
     "data.num_proc": ("[1, 512]", "null chooses by the number of rows"),
     "logger.sample_answers": ("[0, inf)", "0 logs none"),
 }
+_LOG_LEVELS = ("passive", "detail", "debug", "info", "warning", "error", "critical")
 _GROUPS = ("model", "quant", "lora", "trainer", "data", "logger")
 
 
@@ -151,13 +152,12 @@ def named_choices_exist(cfg: Groups) -> str | None:
     from accelerate.utils import DynamoBackend  # these are heavy
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
     from transformers.training_args import OptimizerNames
-    from transformers.utils.logging import log_levels
 
     named = {
         "quant.bnb_4bit_quant_type": ("nf4", "fp4"),
         "quant.bnb_4bit_compute_dtype": ("float16", "bfloat16", "float32"),
-        "trainer.log_level": ("passive", *log_levels),
-        "trainer.log_level_replica": ("passive", *log_levels),
+        "trainer.log_level": _LOG_LEVELS,
+        "trainer.log_level_replica": _LOG_LEVELS,
         "trainer.packing_strategy": ("bfd", "bfd_split", "wrapped"),
         "trainer.loss_type": ("nll", "dft", "chunked_nll"),
         "trainer.dataloader_multiprocessing_context": ("fork", "forkserver", "spawn"),
