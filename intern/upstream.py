@@ -361,13 +361,13 @@ TABLE = (
     ),
     Upstream(
         "transformers.configuration_utils:PreTrainedConfig._attn_implementation",
-        ("intern.kernels.isolated_attention:no_mask",),
+        ("intern.kernels.isolated_attention:no_mask", "intern.training.golden_loss:_stored_file"),
         "decides for each forward pass which attention and which mask are used",
         "silent: every packed batch waits for the GPU to find that it needs no mask",
     ),
     Upstream(
         "transformers.configuration_utils:PreTrainedConfig",
-        ("intern.model.quantized_cache:_read", "intern.model.quantized_cache:_identity"),
+        ("intern.model.quantized_cache:_read", "intern.model.quantized_cache:identity"),
         "_name_or_path names the base in an adapter's configuration; _commit_hash is the revision on the hub",
         "silent: an adapter names the cache's folder as its base; bases of the hub are not cached",
         source=("_commit_hash", "_name_or_path"),

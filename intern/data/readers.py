@@ -109,7 +109,7 @@ def parse_json(line: bytes, place: str) -> Mapping[str, Any]:
         if b"\x00" in line:
             raise UserError(f"{place}: not JSON but NUL bytes: the file is damaged, or not UTF-8") from error
         if line.strip() == b"{":
-            remedy = "an object over several lines: write each row on one line, or all rows as an array [...] in a .json file"
+            remedy = "not JSON, but the start of an object over several lines: write each row on one line, or all rows as an array [...] in a .json file"
             raise UserError(f"{place}: {remedy}") from error
         comma = ", without a comma after it" if line.rstrip().endswith(b"},") else ""
         raise UserError(f"{place}: not JSON ({error}): each line holds one JSON object{comma}") from error

@@ -94,7 +94,7 @@ def test_every_data_group_builds(name):
 @pytest.mark.parametrize("name", GROUPS["experiment"])
 def test_every_experiment_composes_into_a_whole_configuration(name):
     cfg = composed(f"experiment={name}", "lora.r=3", "seed=5")
-    assert set(cfg) == {"resume", "seed", "model", "quant", "lora", "trainer", "data", "logger"}
+    assert set(cfg) == {"name", "notes", "resume", "seed", "model", "quant", "lora", "trainer", "data", "logger"}
     assert (cfg.lora.r, cfg.seed) == (3, 5)
 
 
@@ -157,6 +157,9 @@ def test_nothing_that_a_run_keeps_of_its_configuration_names_code():
     # What a run keeps is the configuration without its hydra node, to which launchers and callbacks belong.
     assert named == {
         CONF_DIR / "train.yaml",
-        *(CONF_DIR / f"hydra/{name}.yaml" for name in ("launcher/process", "launcher/slurm", "sweeper/optuna")),
+        *(
+            CONF_DIR / f"hydra/{name}.yaml"
+            for name in ("launcher/process", "launcher/serial", "launcher/slurm", "sweeper/optuna")
+        ),
     }
     assert "_target_" not in OmegaConf.to_yaml(composed("experiment=rank_sweep", "hydra/launcher=gpus"))

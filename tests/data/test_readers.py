@@ -130,7 +130,10 @@ def test_an_array_with_an_endless_number_or_depth_is_one_line(text, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{\n  "question": "x",\n  "answer": "y"\n}\n', ":1: an object over several lines: write each row on one line"),
+        (
+            '{\n  "question": "x",\n  "answer": "y"\n}\n',
+            ":1: not JSON, but the start of an object over several lines: write each row on one line",
+        ),
         ('{"question": "x", "answer": "y"},\n', "each line holds one JSON object, without a comma after it"),
     ],
 )
