@@ -216,7 +216,7 @@ def test_a_finished_run_is_not_overwritten(run):
 
 
 def test_bad_data_ends_a_run_before_the_model_is_touched(tmp_path, rows_file):
-    bad = rows_file({"question": "q", "answer": "a"}, "{")
+    bad = rows_file({"question": "q", "answer": "a"}, '{"question"')
     done = command("intern.train", *SHORT, f"data.train_file={bad}", f"hydra.run.dir={tmp_path}/run", check=False)
     assert done.returncode == 2
     assert re.fullmatch(
