@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from intern.cli import sweep
+from intern.cli.messages import say
 from intern.errors import RunError, UserError, one_line
 from intern.runs.directory import Run
 
@@ -54,10 +55,12 @@ def check_jobs(jobs: Sequence[PlannedJob], asks_gpu: bool) -> None:
         asks_gpu: whether this process is the one that trains; otherwise its GPU is left alone.
 
     Raises:
-        UserError: at least one job cannot run; the message has a line for each mistake.
+        UserError: at least one job cannot run. Each mistake was written to standard error before, on a line of its own.
     """
     from intern.training.plan import PlanPieces  # heavy: keeps --help fast
+    from intern.upstream import route_messages
 
+    route_messages()
     mistakes: dict[str, list[PlannedJob]] = {}
     logging.disable(logging.WARNING)  # each job will say it again
     try:
@@ -74,18 +77,18 @@ def check_jobs(jobs: Sequence[PlannedJob], asks_gpu: bool) -> None:
         sweep.release_memory()
     if mistakes:
         count = len({job.number for having in mistakes.values() for job in having})
-        raise UserError(
-            f"{count} of {len(jobs)} jobs cannot run, so none was started:\n" + "\n".join(_lines(mistakes, jobs))
-        )
+        for line in _lines(mistakes, jobs):
+            say(line)
+        raise UserError(f"{count} of {len(jobs)} jobs cannot run, so none was started: see above")
 
 
 def _lines(mistakes: dict[str, list[PlannedJob]], jobs: Sequence[PlannedJob]) -> Iterator[str]:
     for text, having in mistakes.items():
         if len(having) == len(jobs) > 1:
-            yield f"  all jobs: {text}"
+            yield f"all jobs: {text}"
         else:
             named = [
                 f"job {job.number} ({sweep.own_overrides(job.overrides, [one.overrides for one in jobs])})"
                 for job in having
             ]
-            yield f"  {', '.join(named)}: {text}"
+            yield f"{', '.join(named)}: {text}"
