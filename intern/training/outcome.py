@@ -154,5 +154,5 @@ def tell_outcome(run: Run, plan: TrainingPlan, metrics: dict[str, Any], is_job: 
     warn_after_training(metrics, run.read_history())
     if not is_job:
         rows = golden.rows if golden is not None else plan.data.train.rows
-        commands = next_commands(run, str(rows[0]["question"]), plan.prompt.context == "always")
-        log.info("next:\n%s", "\n".join(f"  {command}" for command in commands))
+        for command in next_commands(run, str(rows[0]["question"]), plan.prompt.context == "always"):
+            log.info("next: %s", command)

@@ -77,7 +77,8 @@ def test_a_started_run_has_its_command_line_and_every_message(trained_run):
     assert "- trainer.max_steps=12" in (trained_run / ".hydra" / "overrides.yaml").read_text()
     assert {path.name for path in (trained_run / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
     lines = (trained_run / "train.log").read_text().splitlines()
-    assert "golden rows" in lines[0] and f"saved {trained_run}" in lines[-1]
+    assert "golden rows" in lines[0] and "next: python -m intern.compare" in lines[-1]
+    assert any(line.endswith(f"saved first try ({trained_run})") for line in lines), lines[-6:]
 
 
 def test_a_log_keeps_messages_until_it_is_opened(tmp_path):

@@ -1,0 +1,1 @@
+"""Many finished runs -> one table of their settings and scores, in a terminal, as files and as plots."""
