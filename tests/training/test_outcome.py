@@ -75,7 +75,7 @@ def test_the_golden_loss_is_told_with_its_interval_and_next_to_the_bases(run):
         for line in said
     )
     assert "12 steps (12 epochs), " in " ".join(said)
-    assert said[-1].startswith(f'next:\n  python -m intern.query run_dir={done.path} question="')
+    assert said[-3].startswith(f'next: python -m intern.query run_dir={done.path} question="')
 
 
 def test_the_base_is_scored_once_for_the_same_golden_rows(run):
