@@ -1,4 +1,7 @@
-"""hydra/launcher=process, gpus or slurm: every job of a sweep runs as its own command, `python -m intern.train ... hydra.run.dir=ITS_FOLDER`."""
+"""hydra/launcher=process, gpus or slurm: every job of a sweep runs as its own command, `python -m intern.train ... hydra.run.dir=ITS_FOLDER`.
+
+A little over 300 lines: Hydra looks for launchers in modules of this package, and they share how a job is started and what its end means.
+"""
 
 import contextlib
 import copy

@@ -5,15 +5,15 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from intern.comparison.columns import columns
+from intern.comparison.groups import Runs, shown_keys
+from intern.comparison.reader import FinishedRun, as_number
+from intern.comparison.table import others, quality, table
 from intern.display.plot import labels, plot_curves, plot_points
 from intern.display.table import markdown
 from intern.display.text import markdown_text, spreadsheet_cell
 from intern.errors import UserError
 from intern.evaluation.metrics import Place, metrics_at
-from intern.comparison.columns import columns
-from intern.comparison.reader import FinishedRun, as_number
-from intern.comparison.table import others, quality, table
-from intern.comparison.groups import Runs, shown_keys
 from intern.runs.files import write_text
 
 _MOST_CURVES = 12

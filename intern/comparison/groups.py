@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from intern.comparison.columns import columns
+from intern.comparison.reader import FinishedRun, OtherRun, read_run
 from intern.config.suggestions import unknown
 from intern.errors import UserError
 from intern.evaluation.metrics import METRICS, Place, metrics_at
-from intern.comparison.columns import columns
-from intern.comparison.reader import FinishedRun, OtherRun, read_run
 from intern.runs.find import RUN_ROOTS
 
 _ALWAYS_SHOWN = ("lora.r", "trainer.learning_rate")

@@ -13,7 +13,6 @@ from typing import Any
 
 from intern.comparison.columns import columns
 from intern.config.secrets import MASK, is_secret_name, masked
-from intern.display.table import Column
 from intern.errors import UserError
 from intern.evaluation.bootstrap import FEW
 from intern.evaluation.metrics import Metric, Place, metrics_at

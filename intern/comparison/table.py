@@ -6,12 +6,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from intern.comparison.columns import columns
+from intern.comparison.groups import Runs, shown_keys
+from intern.comparison.reader import FinishedRun
 from intern.display.table import least_width, natural_width
 from intern.evaluation.bootstrap import FEW, FEW_MARK
 from intern.evaluation.metrics import METRICS, Place, metrics_at
-from intern.comparison.columns import columns
-from intern.comparison.reader import FinishedRun
-from intern.comparison.groups import Runs, shown_keys
 
 STAR = "★"
 _IN_TERMINAL = (

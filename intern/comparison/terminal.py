@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from intern.comparison.groups import Runs
+from intern.comparison.table import GROUP, STAR, narrowed, others, quality, table, without_shared_prefix
 from intern.display.table import natural_width, show
 from intern.display.text import visible
-from intern.comparison.table import GROUP, STAR, narrowed, others, quality, table, without_shared_prefix
-from intern.comparison.groups import Runs
 
 _MOST_OTHERS = 10  # runs that cannot be compared
 

@@ -27,6 +27,7 @@ from intern.data.row_tokens import (
     inside_context,
     user_turn,
 )
+from intern.data.stored_prompt import prompt_arguments
 from intern.data.truncation import Cut, longest_text
 from intern.errors import UserError
 
@@ -363,38 +364,7 @@ class Prompt:
     @classmethod
     def from_json(cls, stored: dict[str, Any], place: str = "prompt.json") -> "Prompt":
         """The prompt of a finished run; UserError, beginning with `place`, where it is not as `to_json` writes it."""
-        template, stop_ids = stored.get("template"), stored.get("stop_ids")
-        if not isinstance(template, list) or len(template) != 4 or not all(map(_is_text, template)):
-            raise UserError(f"{place}: template must be four pieces of text")
-        if not _is_text(stored.get("system_prompt")):
-            raise UserError(f"{place}: system_prompt must be text")
-        if stored.get("context") not in get_args(Context):
-            raise UserError(f"{place}: context must be one of {', '.join(get_args(Context))}")
-        if (
-            not isinstance(stop_ids, list)
-            or not stop_ids
-            or not all(type(token) is int and 0 <= token < 2**31 for token in stop_ids)
-        ):
-            raise UserError(f"{place}: stop_ids must be the numbers of tokens")
-        for name in ("opening_alone", "next_turn", "earlier_before_answer", "answer_prefix"):
-            if stored.get(name) is not None and not _is_text(stored[name]):
-                raise UserError(f"{place}: {name} must be text, or null")
-        if not isinstance(stored.get("template_kwargs") or {}, dict):
-            raise UserError(f"{place}: template_kwargs must be names and values")
-        first, second, third, fourth = template
-        return cls(
-            stored["system_prompt"],
-            stored["context"],
-            (first, second, third, fourth),
-            tuple(stop_ids),
-            stored.get("opening_alone"),
-            stored.get("next_turn"),
-            stored.get("system_in_user") is True,
-            stored.get("answer_prefix") or "",
-            stored.get("earlier_before_answer"),
-            stored.get("is_joined") is True,
-            stored.get("template_kwargs") or {},
-        )
+        return cls(**prompt_arguments(stored, get_args(Context), place))
 
 
 def _newest(turns: list[tuple[str, str]], most: int) -> list[tuple[str, str]]:
@@ -415,8 +385,3 @@ def _agree(ours: list[int], theirs: list[int], stop_ids: tuple[int, ...]) -> boo
     count = min(len(ours), len(theirs))
     rest = [*ours[count:], *theirs[count:]]
     return ours[:count] == theirs[:count] and len(rest) <= 4 and all(token in stop_ids for token in ours[count:])
-
-
-def _is_text(value: Any) -> bool:
-    """Text that a tokenizer takes: no half surrogate pairs."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
