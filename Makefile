@@ -5,7 +5,7 @@ UPSTREAM := .venv-upstream
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-families test-real test-upstream test-damage fuzz lint docs
+.PHONY: help install quickstart demo test test-slow test-real test-upstream test-damage fuzz lint docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +33,8 @@ demo: install ## train a small real model (SmolLM2-135M) on this machine's CPU a
 test: install lint ## lint, types, the whole test suite
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-test-families: install ## every family of models, of which `make test` takes one of each kind (minutes)
-	$(RUN) -m pytest -n 2 -m "not real" tests/training/test_families.py
+test-slow: install ## the tests that `make test` leaves out: every family of models, kills, several devices (minutes)
+	$(RUN) -m pytest -n 2 -m "slow and not real"
 
 test-real: install ## train SmolLM2-135M here and in a plain loop, and compare losses and answers (minutes)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo]'

@@ -31,22 +31,26 @@ _VOCABULARY = (
     *("eos", "bos", "pad", "unk", "sep", "cls", "mask", "sos", "eot", "image", "video", "audio", "special", "stop"),
     *("embed", "max", "min", "per", "first", "last", "next", "word", "boi", "eoi", "think", "start", "end", "forced"),
 )
-_IN_QUERIES = {"key", "sig", "signature", "code", "auth", "session", "jwt"}  # besides names of credentials
+_IN_QUERIES = re.compile("key|sig|code|auth|session|jwt|pass|cred|token|secret")  # in names of a URL's query
 _TOKEN = re.compile(
-    r"""\b(?:hf|api_org)_[A-Za-z0-9]{16,}            # Hugging Face
-    | \bsk-[\w-]*[A-Za-z0-9_]{16,}                   # OpenAI, Anthropic and others
-    | \bwandb_v\d_\w{16,}                            # W&B; its older keys are forty hexadecimal digits
-    | \bgh[pousr]_[A-Za-z0-9]{20,} | \bgithub_pat_\w{20,} | \bglpat-[\w-]{16,}
-    | \bxox[abposr]-[\w-]{10,} | \b(?:AKIA|ASIA)[A-Z0-9]{16}\b | \bAIza[\w-]{30,}
-    | \beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+           # JSON web tokens
-    | \b(?:Bearer|Basic)\s+[\w+/=.-]{12,}
+    r"""(?<![A-Za-z0-9])(?:                          # an underscore may come before
+      (?:hf|api_org)_[A-Za-z0-9]{16,}                # Hugging Face
+    | sk-[\w-]*[A-Za-z0-9_]{16,}                     # OpenAI, Anthropic and others
+    | wandb_v\d_\w{16,}                              # W&B; its older keys are forty hexadecimal digits
+    | gh[pousr]_[A-Za-z0-9]{20,} | github_pat_\w{20,} | glpat-[\w-]{16,}
+    | (?:gsk|npm|r8)_[A-Za-z0-9]{20,} | nvapi-[\w-]{20,} | pypi-[\w-]{20,} | ya29\.[\w.-]{16,}
+    | xox[abposr]-[\w-]{10,} | xapp-[\w-]{16,} | (?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9]) | AIza[\w-]{30,}
+    | eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+             # JSON web tokens
+    | (?:Bearer|Basic)\s+[\w+/=.-]{12,}
+    | (?:[Pp]assword|[Pp]asswd|[Aa]pi[_ -]?key|AccountKey|SharedAccessKey)\s*[:=]\s*(?=\S*\d)[^\s'",;]{8,}  # in a text
+    )
     | -----BEGIN\ [A-Z ]*PRIVATE\ KEY-----(?:[^-]+-----END\ [A-Z ]*PRIVATE\ KEY-----)?""",
     re.VERBOSE,
 )
 _WANDB_KEY = re.compile(r"[0-9a-f]{40}")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 _USER = re.compile(r"(://)(?:[^\s/@:?#]*:(?!\d+(?:[/?#]|$))\S*|[^\s/@:?#]+)@")
-_QUERY = re.compile(r"([?&;#])([^=&;#\s]+)=([^&;#\s]+)")
+_QUERY = re.compile(r"([?&;#])([^=&;#\s]+)=([^&;#\s'\"]+)")
 _NO_SCHEME = re.compile(r"^[^\s/@:]+:(?!//)[^\s@]+@")
 _VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?(\w+)")
 _INNER_KEY = re.compile(r"([\w.-]+)['\"]?\s*[:=]\s*(?=[^\s,}])(?!null\b|None\b|''|\"\")")
@@ -73,7 +77,7 @@ def is_secret_name(name: str) -> bool:
     whole = "".join(words)
     if not words or words[-1] in _PLACES or name == "PWD":  # the shell's working directory
         return False
-    if _CREDENTIALS.search(whole) or whole in _SHORT_CREDENTIALS:
+    if _CREDENTIALS.search(whole) or whole in _SHORT_CREDENTIALS or "headers" in words or words[-1] == "cookie":
         return True
     if any(second == "key" and first in _KEYS for first, second in itertools.pairwise(words)):
         return True
@@ -91,19 +95,21 @@ def masked(text: str) -> str:
             text = text.replace(value, MASK)
     if "://" in text:
         text = _URL.sub(lambda found: _masked_url(found[0]), text)
+    if "?" in text:  # addresses that are written without https://
+        text = _QUERY.sub(_hidden, text)
     return _TOKEN.sub(MASK, text)
 
 
 def _masked_url(url: str) -> str:
-    def hidden(found: re.Match[str]) -> str:
-        return f"{found[1]}{found[2]}={MASK}" if _hides(found[2]) else found[0]
+    return _QUERY.sub(_hidden, _USER.sub(rf"\1{MASK}@", url))
 
-    return _QUERY.sub(hidden, _USER.sub(rf"\1{MASK}@", url))
+
+def _hidden(found: re.Match[str]) -> str:
+    return f"{found[1]}{found[2]}={MASK}" if _hides(found[2]) else found[0]
 
 
 def _hides(name: str) -> bool:
-    name = unquote(name)
-    return name.lower() in _IN_QUERIES or is_secret_name(name)
+    return _IN_QUERIES.search(unquote(name).lower()) is not None
 
 
 def refuse_arguments(arguments: Sequence[str]) -> None:

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from intern.errors import UserError
-from intern.units import GIB, MIB
+from intern.units import GIB
 
 _CPU_S = 0.8  # seconds of computing; a template takes milliseconds
 _WALL_S = 60.0  # seconds on a machine that has other things to do
 _MEMORY = GIB  # bytes beyond what this process has
-_LONGEST = MIB  # bytes of text
+_LONGEST = 64 * 1024  # bytes of text: a template renders a few short messages here
 
 
 class ProgramError(ValueError):
@@ -52,6 +52,10 @@ def bounded_text(run: Callable[[], str], what: str) -> str:
         os.waitpid(child, 0)
     kind, text = reply[:1], reply[1:].decode("utf-8", "surrogateescape" if len(reply) > _LONGEST else "surrogatepass")
     if kind == b"T" and len(reply) <= _LONGEST:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(
+                f"{what} renders half characters (lone surrogates), which are no text: take another model or template"
+            )
         return text
     if kind == b"E":
         raise ProgramError(text)

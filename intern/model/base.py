@@ -204,6 +204,6 @@ class Base:
             return loader.from_pretrained(self.name, trust_remote_code=False, **arguments)
         except torch.OutOfMemoryError:
             raise
-        except (OSError, ValueError, RuntimeError, HfHubHTTPError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, HfHubHTTPError, SafetensorError) as error:
             reason = explain(error, self._revision)
             raise UserError(f"model.pretrained_model_name_or_path={self.name}: {reason}") from error

@@ -96,7 +96,7 @@ def seal(checkpoint: Path, root: Path) -> None:
         for name, size in list_files(checkpoint, root).items()
         if not _is_ignored(name) and name != MANIFEST and not name.endswith("/")
     }
-    write_text(checkpoint / MANIFEST, root, _manifest(_step(checkpoint), files))
+    write_text(checkpoint / MANIFEST, root, _manifest(_step(checkpoint), files, run_id(root)))
     remove_file(checkpoint / _MARK, root)
 
 
@@ -189,19 +189,30 @@ def _read_manifest(checkpoint: Path, root: Path) -> dict[str, dict[str, Any]]:
         content = json.loads(text)
         files: dict[str, dict[str, Any]] = content["files"]
         has_types = all(isinstance(one["bytes"], int) and isinstance(one["sha256"], str) for one in files.values())
-        is_same = has_types and _manifest(content["step"], files) == text
+        is_same = has_types and _manifest(content["step"], files, content["run_id"]) == text
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a UserError is a ValueError
         is_same = False
     if not is_same:
         raise _Fault(MANIFEST, "has other bytes than were written")
     if content["step"] != _step(checkpoint):
         raise _Fault(MANIFEST, f"is that of step {content['step']}")
+    if None not in (content["run_id"], ours := run_id(root)) and content["run_id"] != ours:
+        raise _Fault(MANIFEST, f"is that of another run ({content['run_id']}, and this one is {ours})")
     return files
 
 
-def _manifest(step: int, files: dict[str, dict[str, Any]]) -> str:
+def run_id(root: Path) -> str | None:
+    """Return the id of a run, which its checkpoints carry; None if its environment.json does not say it."""
+    try:
+        found = json_object(root / "environment.json", root).get("run_id")
+    except UserError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _manifest(step: int, files: dict[str, dict[str, Any]], run: str | None) -> str:
     """Return the text of a manifest, which ends with a hash of itself: a damaged manifest is not taken for a damaged file."""
-    body = {"step": step, "files": files}
+    body = {"step": step, "run_id": run, "files": files}
     return json.dumps(body | {"sha256": hashlib.sha256(json.dumps(body).encode()).hexdigest()}, indent=1) + "\n"
 
 

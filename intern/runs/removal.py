@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ _OWN = (
     ),
 )
 _LOCK = "run.lock"
+_CHECKPOINT = re.compile(r"(damaged-)?checkpoint-\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,11 @@ class Removal:
 
 def of_checkpoints(run: Run) -> Removal | None:
     """Return the removal of a run's checkpoints, None if it has none; links stay."""
-    if not run.checkpoints.is_dir() or run.checkpoints.is_symlink():
+    paths = list(_checkpoints(run))
+    if not paths:
         return None
-    return Removal(run, [run.checkpoints], size_of(run.checkpoints), [], whole=False)
+    left = [f"checkpoints/{name}" for name in _others_in_checkpoints(run)]
+    return Removal(run, paths, sum(size_of(path) for path in paths), left, whole=False)
 
 
 def of_run(run: Run) -> Removal:
@@ -62,9 +66,27 @@ def of_run(run: Run) -> Removal:
     names = sorted(
         (path.name for path in run.path.iterdir()), key=lambda name: _OWN.index(name) if name in _OWN else -1
     )
-    paths = [run.path / name for name in names if _is_own(run.path / name)]
+    foreign = [f"checkpoints/{name}" for name in _others_in_checkpoints(run)]
+    paths = [run.path / name for name in names if _is_own(run.path / name) and (name != "checkpoints" or not foreign)]
     left = [name for name in sorted(names) if not _is_own(run.path / name) and name != _LOCK]
+    if foreign:  # the folder stays for them; the checkpoints themselves go
+        paths, left = [*_checkpoints(run), *paths], [*left, *foreign]
     return Removal(run, paths, sum(size_of(path) for path in paths), left, whole=True)
+
+
+def _checkpoints(run: Run) -> Iterator[Path]:
+    """Yield the folders of checkpoints, whole, damaged or unfinished, that training wrote."""
+    if run.checkpoints.is_dir() and not run.checkpoints.is_symlink():
+        for path in sorted(run.checkpoints.iterdir()):
+            if _CHECKPOINT.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                yield path
+
+
+def _others_in_checkpoints(run: Run) -> list[str]:
+    """Return the names in checkpoints/ that are the user's own."""
+    if not run.checkpoints.is_dir() or run.checkpoints.is_symlink():
+        return []
+    return sorted({path.name for path in run.checkpoints.iterdir()} - {path.name for path in _checkpoints(run)})
 
 
 def is_ours(run: Run) -> bool:
@@ -87,12 +109,16 @@ def remove(removal: Removal) -> None:
     run = removal.run
     with lock(run):
         for path in removal.paths:
-            if path.is_symlink():
-                raise UserError(f"{path}: has become a link: left as it is")
+            for part in (path.parent, path):
+                if part != run.path and part.is_symlink():
+                    raise UserError(f"{part}: has become a link: left as it is")
             if path.is_dir():
                 shutil.rmtree(path)  # of links in it, only the links themselves
             else:
                 remove_file(path, run.path)
+        if not run.checkpoints.is_symlink():
+            with contextlib.suppress(OSError):  # something of the user's own is in it, or it is not there
+                run.checkpoints.rmdir()
         if removal.whole:
             remove_file(run.path / _LOCK, run.path)
     if removal.whole:

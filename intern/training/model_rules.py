@@ -121,6 +121,20 @@ def modules_to_save_are_in_the_model(shape: Shape, lora: LoraConfig) -> str | No
     return None
 
 
+def every_pattern_matches_a_target(shape: Shape, lora: LoraConfig) -> str | None:
+    """Every name in rank_pattern, alpha_pattern and exclude_modules is one of the model's: PEFT only ignores the others."""
+    names = [name for name, _ in shape.model.named_modules()] + [name for name, _ in shape.model.named_parameters()]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(lora, key) or {}:
+            if not matching(rf"(.*\.)?({pattern})", names):
+                return f"lora.{key}: the model has no {pattern}"
+    wanted = lora.exclude_modules
+    for name in sorted(wanted) if isinstance(wanted, list | set) else ():
+        if not any(path == name or path.endswith(f".{name}") for path in names):
+            return f"lora.exclude_modules: the model has no {name}"
+    return None
+
+
 def the_rank_is_no_larger_than_the_model(shape: Shape, lora: LoraConfig) -> str | None:
     """The rank is at most the model's hidden size: a higher one adds memory and no capacity."""
     width = shape.config.get_text_config().hidden_size
@@ -135,6 +149,7 @@ OF_ADAPTER: tuple[Callable[[Shape, LoraConfig], str | None], ...] = (
     target_modules_are_in_the_model,
     something_is_left_to_train,
     modules_to_save_are_in_the_model,
+    every_pattern_matches_a_target,
     the_rank_is_no_larger_than_the_model,
 )
 

@@ -36,7 +36,7 @@ RANGES: dict[str, tuple[str, str]] = {
     "trainer.per_device_eval_batch_size": ("[1, inf)", "it is a number of rows"),
     "trainer.gradient_accumulation_steps": ("[1, inf)", "1 means no accumulation"),
     "trainer.max_length": ("[1, inf)", "it is a number of tokens"),
-    "trainer.learning_rate": ("[0, inf)", "2e-4 is typical"),
+    "trainer.learning_rate": ("(0, inf)", "2e-4 is typical"),
     "trainer.weight_decay": ("[0, inf)", "0 turns it off"),
     "trainer.max_grad_norm": ("[0, inf)", "0 turns clipping off"),
     "trainer.warmup_steps": ("[0, inf)", "0 starts at the full learning rate"),
@@ -253,10 +253,26 @@ def the_adapter_is_for_a_causal_language_model(cfg: Groups) -> str | None:
 
 
 def the_adapter_names_no_code(cfg: Groups) -> str | None:
-    """No key names code (PEFT's megatron keys import a module by its name), or what 4-bit layers do not have (VeLoRA)."""
-    for key in ("megatron_config", "auto_mapping", "velora_config"):
-        if cfg["lora"].get(key) or (key == "velora_config" and cfg["lora"].get(key) is not None):
+    """No key names code (PEFT's megatron keys), has no effect here, or turns the adapter off while the rows are trained on (aLoRA)."""
+    for key in (
+        *("megatron_config", "megatron_core", "auto_mapping", "base_model_name_or_path", "revision"),
+        *("use_qalora", "alora_invocation_tokens"),
+    ):
+        if cfg["lora"].get(key) and not (key == "megatron_core" and cfg["lora"][key] == "megatron.core"):
             return f"lora.{key}: not supported: leave it out"
+    if cfg["lora"].get("velora_config") is not None:  # 4-bit layers do not have it
+        return "lora.velora_config: not supported: leave it out"
+    if cfg["lora"].get("peft_type") not in (None, "LORA"):
+        return f"lora.peft_type={cfg['lora']['peft_type']}: only LORA is trained here"
+    return None
+
+
+def alphas_are_above_zero(cfg: Groups) -> str | None:
+    """An adapter whose alpha is 0 does nothing, whatever it learns."""
+    patterns = cfg["lora"].get("alpha_pattern")
+    for name, value in patterns.items() if isinstance(patterns, dict) else ():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            return f"lora.alpha_pattern: {name} has {value}: must be a number above 0; 0 would train nothing"
     return None
 
 
@@ -297,6 +313,7 @@ OF_VALUES: tuple[Callable[[Groups], str | None], ...] = (
     packed_rows_stay_whole,
     the_adapter_is_for_a_causal_language_model,
     the_adapter_names_no_code,
+    alphas_are_above_zero,
     processes_that_load_rows_are_there,
     automatic_keys_are_true_false_or_auto,
 )

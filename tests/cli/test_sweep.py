@@ -159,6 +159,7 @@ def test_a_finished_job_is_skipped_only_if_its_configuration_is_the_same(sweep):
         finetune(same, run)
 
 
+@pytest.mark.slow
 def test_several_devices_have_a_job_each_at_the_same_time(sweep, tmp_path):
     folder, _ = sweep
     done = again(tmp_path, "trainer.learning_rate=1e-3,2e-3", "hydra/launcher=gpus", "hydra.launcher.devices=[3,5]")
@@ -188,6 +189,7 @@ def test_ctrl_c_reaches_a_job_in_its_own_process_and_ends_the_sweep(tmp_path):
     assert Run(tmp_path / "0").last_checkpoint() is not None and not (tmp_path / "1" / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_submitit_runs_each_job_and_a_failed_one_alone_fails(tmp_path):
     slurm = ("hydra/launcher=slurm", "hydra.launcher.cluster=local")
     done = again(tmp_path, "trainer.learning_rate=1e30,1e-3", "lora.r=4", *slurm)

@@ -38,9 +38,13 @@ def test_a_conversation_file_is_trained_on_scored_and_previewed(settings, tmp_pa
 
     cfg = composed("name=first", "generation.max_new_tokens=2", "batch_size=4", "resamples=100", name="evaluate")
     evaluation = evaluate(cfg, run, None)
-    assert len(evaluation.rows) == 8 and evaluation.overlap.told_by.startswith("By content, against the 32 rows")
-    assert not any(row.trained for row in evaluation.rows)
-    [prediction] = [row.before.prediction for row in evaluation.rows if row.reference == evaluation.rows[0].reference]
+    # Both answers of each conversation are scored; all conversations, the trained ones too, begin with the same greeting.
+    greetings = [row for row in evaluation.rows if row.question == "Hi!"]
+    last = [row for row in evaluation.rows if row.question != "Hi!"]
+    assert len(greetings) == len(last) == 8 and len(evaluation.rows) == 16
+    assert evaluation.overlap.told_by.startswith("By content, against the 32 rows")
+    assert all(row.trained for row in greetings) and not any(row.trained for row in last)
+    [prediction] = [row.before.prediction for row in last if row.reference == last[0].reference]
     assert prediction.loss is not None
 
     material = prepare(composed("experiment=tiny_cpu", *settings, name="preview"))

@@ -2,6 +2,7 @@
 
 import shutil
 import tarfile
+import time
 import zipfile
 
 import pytest
@@ -28,6 +29,15 @@ def unpacked(archive, folder):
     return run
 
 
+def written(archive, name):
+    """When a packed file was written, in seconds; zip files hold local time in steps of two seconds."""
+    if archive.name.endswith(".zip"):
+        with zipfile.ZipFile(archive) as file:
+            return time.mktime((*file.getinfo(name).date_time, 0, 0, -1))
+    with tarfile.open(archive) as file:
+        return file.getmember(name).mtime
+
+
 @pytest.mark.parametrize("ending", ["zip", "tar.gz"])
 def test_the_receiver_asks_the_unpacked_run_and_gets_the_same_answer(trained_run, tmp_path, ending):
     archive = tmp_path / f"share.{ending}"
@@ -40,7 +50,7 @@ def test_the_receiver_asks_the_unpacked_run_and_gets_the_same_answer(trained_run
     assert not [name for name in found if name.startswith(("checkpoints", "wandb", ".hydra", "evaluation"))]
     asked = "How much did Uber's gross bookings grow in 2024?"
     assert query_intern(asked, run_dir=run) == query_intern(asked, run_dir=trained_run)
-    assert abs(Run(run).metrics.stat().st_mtime - Run(trained_run).metrics.stat().st_mtime) <= 2
+    assert abs(written(archive, "first-try/metrics.json") - Run(trained_run).metrics.stat().st_mtime) <= 2
     assert resolve(run).score() == Run(trained_run).score()
 
 

@@ -9,6 +9,7 @@ import pytest
 from helpers import ROOT
 from helpers import run_directory as made
 
+from intern.comparison.groups import run_folders
 from intern.errors import UserError
 from intern.runs.directory import Run
 from intern.runs.removal import is_ours, of_checkpoints, of_run, remove, size_of
@@ -66,11 +67,37 @@ def test_links_are_not_followed_and_what_no_run_wrote_stays(tmp_path):
     (run.path / "checkpoints" / "linked").symlink_to(victim)
     (run.path / "notes.txt").write_text("mine")
     removal = of_run(run)
-    assert removal.left == ["evaluation", "notes.txt"]
+    assert removal.left == ["evaluation", "notes.txt", "checkpoints/linked"]
     assert removal.size == sum(size_of(path) for path in removal.paths) and 5000 < removal.size < 10_000
     remove(removal)
     assert (victim / "file").read_text() == "keep"
-    assert sorted(path.name for path in run.path.iterdir()) == ["evaluation", "notes.txt"]
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "evaluation", "notes.txt"]
+
+
+def test_what_no_training_wrote_stays_in_the_checkpoints_folder_too(tmp_path):
+    run = Run(tmp_path)
+    for name in ("checkpoint-2", "damaged-checkpoint-4", "live", "checkpoint-old"):
+        (run.checkpoints / name).mkdir(parents=True)
+    (run.checkpoints / "notes.txt").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (run.checkpoints / "checkpoint-6").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "config.yaml").write_text("")
+    mine = ["checkpoint-6", "checkpoint-old", "live", "notes.txt"]
+    removal = of_checkpoints(run)
+    assert removal.left == [f"checkpoints/{name}" for name in mine]
+    assert of_run(run).left == ["elsewhere", *removal.left] and run.checkpoints not in of_run(run).paths
+    remove(removal)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == mine and (tmp_path / "elsewhere").is_dir()
+
+
+def test_a_link_that_a_glob_finds_leads_to_no_run(tmp_path):
+    (tmp_path / "foreign" / "x").mkdir(parents=True)
+    (tmp_path / "foreign" / "x" / "config.yaml").write_text("")
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "lnk").symlink_to(tmp_path / "foreign" / "x")
+    with pytest.raises(UserError, match="no such folder"):
+        list(run_folders(f"{tmp_path}/outputs/*"))
+    assert list(run_folders(f"{tmp_path}/outputs/lnk")) == [tmp_path / "foreign" / "x"]
 
 
 def test_a_folder_that_has_become_a_link_is_left(tmp_path):

@@ -33,6 +33,7 @@ def bench(tmp_path, settings, *flags):
     return {one["setting"]: one for one in json.loads(figures.read_text())}
 
 
+@pytest.mark.slow
 def test_each_setting_is_measured_in_its_own_process(tmp_path):
     figures = bench(tmp_path, ["ours:pack", "nobody"], "--steps", "3", "--rows", "24")
     assert len(figures["ours:pack"]["milliseconds"]) == 2  # from the second step on
@@ -40,6 +41,7 @@ def test_each_setting_is_measured_in_its_own_process(tmp_path):
     assert "error" in figures["nobody"]
 
 
+@pytest.mark.slow
 def test_in_one_process_we_agree_with_the_plain_recipe_and_settings_may_differ_in_length_batch_and_rank(tmp_path):
     settings = ["ours", "trl", "ours:full:length=320:batch=2:rank=4", "nobody"]
     flags = ["--one-process", "--steps", "2", "--rows", "4", "--logging-steps", "1"]

@@ -4,10 +4,12 @@ import json
 import zipfile
 
 import nbformat
+import pytest
 from helpers import ROOT, SHORT
 from nbclient import NotebookClient
 
 
+@pytest.mark.slow
 def test_the_notebook_trains_asks_and_keeps_the_adapter(tmp_path):
     notebook = nbformat.read(ROOT / "scripts" / "colab_t4.ipynb", as_version=4)
     cells = {cell.metadata.tags[0]: cell for cell in notebook.cells if cell.cell_type == "code"}

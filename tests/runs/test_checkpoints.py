@@ -56,6 +56,19 @@ def test_a_checkpoint_that_nothing_happened_to_is_whole(tmp_path):
     assert examine(folder, tmp_path).kind is Kind.WHOLE
 
 
+def test_a_checkpoint_of_another_run_is_not_this_runs(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "environment.json").write_text(json.dumps({"run_id": f"run-{name}"}))
+    ours, theirs = (write_checkpoint(Run(tmp_path / name), 4) for name in ("a", "b"))
+    shutil.rmtree(ours)
+    shutil.copytree(theirs, ours)
+    found = examine(ours, tmp_path / "a")
+    assert found.kind is Kind.DAMAGED
+    assert found.fault == "checkpoint-4/manifest.json is that of another run (run-b, and this one is run-a)"
+    assert examine(theirs, tmp_path / "b").kind is Kind.WHOLE
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_every_damage_to_a_file_is_found_and_names_it(file, tmp_path):
     for number, (damage, change) in enumerate(DAMAGES.items()):

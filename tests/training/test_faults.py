@@ -16,6 +16,7 @@ from intern.runs.lock import lock
 BRIEF = ("data.eval_file=null", "trainer.max_steps=6", "trainer.min_steps=0", "trainer.save_steps=2")
 
 
+@pytest.mark.slow
 def test_processes_that_are_killed_lose_nothing():
     line = [sys.executable, "scripts/torture.py", "--kills", "2", "--kinds", "file", "half", "--seed", "5"]
     done = subprocess.run(

@@ -163,7 +163,7 @@ def test_early_stopping_keeps_its_count_over_a_resume(tmp_path, few_golden_rows)
         assert (steps.count(8), max(steps)) == (3, 8), killed  # loss, evaluation, early stop
 
 
-@pytest.mark.parametrize("metric", ["eval_f1", "eval_rouge_l"])
+@pytest.mark.parametrize("metric", ["eval_f1", pytest.param("eval_rouge_l", marks=pytest.mark.slow)])
 def test_the_best_checkpoint_can_be_chosen_by_the_answers(tmp_path, few_golden_rows, metric):
     plain = [*SCORED, few_golden_rows, "trainer.learning_rate=1e-2", "trainer.eval_steps=4", "trainer.save_steps=4"]
     run = train(tmp_path / "run", *plain, f"trainer.metric_for_best_model={metric}", "trainer.eval_answers=3")
