@@ -162,7 +162,10 @@ def command(
                 if WANTS_TRACEBACK:
                     raise
                 # The task's own errors are logged by its job: this one is about the folder that Hydra makes before.
-                say(f"{error.filename}: cannot be written ({error.strerror}): choose another hydra.run.dir")
+                if error.filename is None:  # what os.getcwd raises
+                    say(f"the working directory cannot be used ({error.strerror}): change to another one")
+                else:
+                    say(f"{error.filename}: cannot be written ({error.strerror}): choose another hydra.run.dir")
                 sys.exit(2)
             except KeyboardInterrupt:
                 sys.exit(130)

@@ -189,8 +189,12 @@ def run_folders(path: str) -> Iterator[Path]:
     """Yield the run directories at or below a path or glob, finished or not; nothing below a run is searched."""
     given = Path(path).expanduser()
     starts = [given] if given.is_dir() else _matches(path)
-    # A folder that the user names may be a link; what a glob finds and is one leads to somebody else's runs.
-    starts = [start for start in starts if start.is_dir() and (start == given or not start.is_symlink())]
+    # A folder that the user names may be a link; a link that a glob finds leads to other people's runs, and .hydra is no run.
+    starts = [
+        start
+        for start in starts
+        if start.is_dir() and (start == given or not (start.is_symlink() or start.name.startswith(".")))
+    ]
     if not starts:
         raise UserError(f"runs={path}: no such folder")
     for start in starts:

@@ -33,6 +33,9 @@ from intern.errors import UserError
 
 Context = Literal["never", "always", "mixed"]
 log = logging.getLogger(__name__)
+# Ordinary text with everything that a template might change: quotes, tags, commas, years, line breaks, length.
+_QUESTION = "How much did it grow, in 2024?\nSay \"why\" & 'how' <briefly>: 1,234.5% of $5." + " And so on." * 30
+_ANSWER = "It rose 18%, from $1,000 in 2023:\n\n- \"why\" & 'how' <b>so</b>;\n- 1,234.5%." + " And so on." * 30
 __all__ = ["IGNORED", "Context", "Encoded", "Kind", "LossOn", "Prompt", "Token"]
 
 
@@ -129,7 +132,7 @@ class Prompt:
     def _renders_like_template(self, renderer: Renderer, history: Sequence[tuple[str, str]]) -> bool:
         """Whether ordinary text comes out as the library's own rendering: some tokenizers change text at the seams between pieces."""
         has_system = bool(self.system_prompt) or self.opening_alone is None
-        turns = [("user", question) for question, _ in history] + [("user", "How much?")]
+        turns = [("user", question) for question, _ in history] + [("user", _QUESTION)]
         head = []
         if self.system_in_user:
             turns[0] = "user", self._with_system(turns[0][1])
@@ -138,17 +141,17 @@ class Prompt:
         messages = [*head]
         for question, (_, answer) in zip(turns, history, strict=False):
             messages += [question, ("assistant", answer)]
-        messages += [turns[-1], ("assistant", "It rose 18%.")]
+        messages += [turns[-1], ("assistant", _ANSWER)]
         theirs = renderer.ids(messages, asks=False)
-        [ours] = self.encode(renderer.tokenizer, ["How much?"], ["It rose 18%."], histories=[history])
+        [ours] = self.encode(renderer.tokenizer, [_QUESTION], [_ANSWER], histories=[history])
         # After the end of turn some templates add a line break, or nothing where we end the text.
         return ours is not None and _agree(ours.input_ids, theirs, self.stop_ids)
 
     def _asks_as_trained(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether the tokens of a question alone begin those of the question with its answer."""
         [asked], [trained] = (
-            self.encode(tokenizer, ["How much?"]),
-            self.encode(tokenizer, ["How much?"], ["It rose 18%."]),
+            self.encode(tokenizer, [_QUESTION]),
+            self.encode(tokenizer, [_QUESTION], [_ANSWER]),
         )
         return (
             asked is not None and trained is not None and trained.input_ids[: len(asked.input_ids)] == asked.input_ids

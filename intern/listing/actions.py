@@ -1,5 +1,6 @@
 """What intern.runs does with runs: prints a list or one run's story, packs a run, removes runs after a question."""
 
+import contextlib
 import shlex
 import sys
 from collections import Counter
@@ -68,7 +69,8 @@ def show_list(runs: Sequence[ListedRun]) -> None:
 
 def show_one(asked: str) -> None:
     """Print the whole story of a run, finished or not."""
-    run = find_any(asked)
+    with _named("show"):
+        run = find_any(asked)
     config = read_json_or_empty(run.config, run)
     lines = list(
         story(listed(run), config, *(read_json_or_empty(file, run) for file in (run.environment, run.metrics)))
@@ -79,7 +81,8 @@ def show_one(asked: str) -> None:
 
 def pack_one(asked: str, out: Path | None) -> None:
     """Pack a finished run, and say what is in the file and how it is used."""
-    run = resolve(asked)
+    with _named("pack"):
+        run = resolve(asked)
     name = given_name(run) or f"{run.path.parent.name}-{run.path.name}"
     target = out if out is not None else Path(f"{folder_name(name)}.zip")
     members = pack(run, name, target)
@@ -93,6 +96,15 @@ def pack_one(asked: str, out: Path | None) -> None:
     )
     if is_local:
         sys.stdout.write(f"FOLDER is where the base model is there; here it is {visible(base)}\n")
+
+
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Name this command's own key in an error about the run that was asked for."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("run_dir=", f"{key}=", 1)) from error
 
 
 def remove_some(runs: Sequence[ListedRun], what: str | None, keep_best: int | None, is_agreed: bool) -> None:
