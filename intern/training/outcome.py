@@ -37,6 +37,8 @@ def warn_before_training(trainer: InternTrainer, plan: TrainingPlan) -> None:
             "use more rows, or trainer.min_steps=%d trainer.max_steps=%d for %d epochs",
             steps, rows, steps / per_epoch, fewer, fewer, _USUAL_EPOCHS,
         )  # fmt: skip
+    if args.learning_rate == 0:
+        log.warning("trainer.learning_rate=0: the adapter stays as it is; 2e-4 is typical")
     if args.warmup_steps >= steps:
         log.warning(
             "trainer.warmup_steps=%g: training ends after %d steps, before the learning rate has its full value",

@@ -36,7 +36,7 @@ RANGES: dict[str, tuple[str, str]] = {
     "trainer.per_device_eval_batch_size": ("[1, inf)", "it is a number of rows"),
     "trainer.gradient_accumulation_steps": ("[1, inf)", "1 means no accumulation"),
     "trainer.max_length": ("[1, inf)", "it is a number of tokens"),
-    "trainer.learning_rate": ("(0, inf)", "2e-4 is typical"),
+    "trainer.learning_rate": ("[0, inf)", "2e-4 is typical"),
     "trainer.weight_decay": ("[0, inf)", "0 turns it off"),
     "trainer.max_grad_norm": ("[0, inf)", "0 turns clipping off"),
     "trainer.warmup_steps": ("[0, inf)", "0 starts at the full learning rate"),

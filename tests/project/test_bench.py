@@ -80,7 +80,9 @@ def test_an_imitated_t4_has_its_memory_and_no_flash_attention(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
     for name in ("enable_flash_sdp", "enable_cudnn_sdp"):
         monkeypatch.setattr(torch.backends.cuda, name, lambda wanted, name=name: switched_off.append((name, wanted)))
-    monkeypatch.setattr(os, "environ", os.environ.copy())
+    # Set and removed, so that what the script sets is undone; another os.environ would stay in libraries that are imported meanwhile.
+    monkeypatch.setenv(DISABLE_FLASH_ATTENTION, "0")
+    monkeypatch.delenv(DISABLE_FLASH_ATTENTION)
     half = torch.zeros(1, dtype=torch.float16)
     assert has_flash_attention(half)
     runpy.run_path(str(ROOT / "scripts" / "imitate_t4" / "sitecustomize.py"))

@@ -3,13 +3,15 @@
 import json
 import logging
 import shlex
+from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, train
+from helpers import ROOT, composed, train
 
 from intern.runs.directory import Run
 from intern.training import golden_loss
-from intern.training.outcome import next_commands, result_lines, warn_after_training
+from intern.training.outcome import next_commands, result_lines, warn_after_training, warn_before_training
+from intern.training.plan import build_plan
 
 METRICS = {
     "optimizer_steps": 100,
@@ -94,6 +96,22 @@ def test_few_rows_many_times_and_golden_rows_that_are_trained_on_are_warned_of(r
         "data.eval_file is also trained on (mine.jsonl): the golden loss will show what the model repeats, not what it has learned; "
         "data.eval_file=null data.eval_share=0.1 holds rows out",
     ]
+
+
+def test_a_warm_up_without_an_end_and_a_learning_rate_of_nothing_are_warned_of(tmp_path, caplog):
+    given = ("data.eval_file=null", "trainer.max_steps=40", "trainer.min_steps=3", "data.context=never")
+    for values, said in (
+        (
+            ("trainer.warmup_steps=40",),
+            "trainer.warmup_steps=40: training ends after 40 steps, before the learning rate",
+        ),
+        (("trainer.learning_rate=0",), "trainer.learning_rate=0: the adapter stays as it is"),
+        ((), None),
+    ):
+        plan = build_plan(composed("experiment=tiny_cpu", *given, *values), Run(tmp_path))
+        caplog.clear()
+        warn_before_training(SimpleNamespace(train_dataset=plan.train.rows), plan)
+        assert (said in caplog.text) if said else caplog.text == ""
 
 
 def test_the_result_of_a_run_in_words():
