@@ -113,6 +113,7 @@ SCORED = (
 )
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_becomes_the_adapter_if_requested(tmp_path):
     # Turned around, so that the first evaluation is the best one: the golden loss falls from there.
     run = train(tmp_path / "run", *SCORED, "+trainer.greater_is_better=true", "trainer.save_total_limit=1")

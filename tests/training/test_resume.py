@@ -201,6 +201,7 @@ def test_a_kill_before_the_manifest_leaves_the_checkpoint_before_whatever_the_li
     assert not any(part.differ for part in diff_runs(half[1], run, STEPS))
 
 
+@pytest.mark.slow
 def test_verify_proves_it_on_this_machine_and_finds_what_is_lost(tmp_path):
     overrides = ("experiment=tiny_cpu", "steps=6")
     done = command("intern.verify", *overrides, f"hydra.run.dir={tmp_path}/good")

@@ -117,6 +117,7 @@ def scalars(run):
     return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_several_trackers_has_one_value_for_each_step_in_all_of_them(tmp_path):
     overrides = ("logger=[wandb,tensorboard]", "logger.mode=offline", "logger.log_adapter=false")
     counts = ("logger.sample_answers=1", "logger.tensorboard.sample_answers=3")
