@@ -7,7 +7,7 @@ import logging
 import shlex
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from intern.runs.checkpoints import Checkpoint, list_checkpoints
 from intern.runs.directory import Run
 from intern.runs.environment import describe, peak_memory
 from intern.runs.failures import explain_disk_errors
+from intern.runs.files import remove_file, rename
 from intern.runs.lock import lock
 from intern.training.callbacks import build_callbacks
 from intern.training.golden_answers import answer_golden_questions, score_answers
@@ -150,14 +151,30 @@ def _write_start(
     history: list[dict[str, Any]],
     unusable: Sequence[Checkpoint],
 ) -> None:
-    """Write what is known at the start."""
-    run.metrics.unlink(missing_ok=True)  # from here on the run is unfinished again
+    """Write what is known at the start. The metrics of a finished run are lost only once all of it is written."""
     run.remove_partial_files()
     set_aside(unusable, run)
-    run.write_history(history)
-    run.write_config(cfg)
-    run.write_json(run.prompt, plan.prompt.to_json())
-    run.write_json(run.environment, environment)
+    with _unfinished(run):
+        run.write_history(history)
+        run.write_json(run.prompt, plan.prompt.to_json())
+        run.write_json(run.environment, environment)
+        run.write_config(cfg)
+
+
+@contextlib.contextmanager
+def _unfinished(run: Run) -> Iterator[None]:
+    """Take away what marks a run as finished; give it back if what the block writes cannot be written, as on a full disk."""
+    before = run.metrics.with_name(f".{run.metrics.name}.before")  # a partial file if the process is killed meanwhile
+    had_metrics = run.metrics.is_file()
+    if had_metrics:
+        rename(run.metrics, run.path, before.name)
+    try:
+        yield
+    except BaseException:
+        if had_metrics:
+            rename(before, run.path, run.metrics.name)
+        raise
+    remove_file(before, run.path)
 
 
 def _train(

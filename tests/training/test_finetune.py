@@ -1,5 +1,6 @@
 """Training runs of the tiny base with the real libraries on the CPU."""
 
+import errno
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from helpers import GOLDEN, ROOT, SHORT, command, train
 from safetensors.torch import load_file
 
 from intern.display.plot import plot_loss
-from intern.errors import UserError
+from intern.errors import RunError, UserError
 from intern.model.quant import build_quant
 from intern.runs.directory import Run
 
@@ -214,6 +215,22 @@ def test_a_finished_run_is_not_overwritten(run):
     with pytest.raises(UserError, match="holds a finished run"):
         train(run.path)
     assert run.metrics.read_bytes() == before
+
+
+@pytest.mark.parametrize("write", ["write_history", "write_config", "write_json"])
+def test_a_finished_run_whose_extension_cannot_be_written_stays_finished(run, tmp_path, monkeypatch, write):
+    copy = Run(tmp_path / "copy")
+    shutil.copytree(run.path, copy.path)
+    before = copy.metrics.read_bytes()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", str(copy.history))
+
+    monkeypatch.setattr(Run, write, full)
+    with pytest.raises(RunError, match="No space left"):
+        train(copy.path, "trainer.max_steps=18")
+    assert copy.finished and copy.metrics.read_bytes() == before
+    assert not list(copy.path.glob(".metrics*"))
 
 
 def test_bad_data_ends_a_run_before_the_model_is_touched(tmp_path, rows_file):
