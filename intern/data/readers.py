@@ -234,6 +234,9 @@ def _long_fields() -> Iterator[None]:
 def _parquet(path: Path, file: BinaryIO) -> Iterator[Line]:
     numbers = itertools.count(1)
     with pq.ParquetFile(path) as table:
+        names = table.schema_arrow.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{path}: column {twice[0]!r} is there twice: keep one of them")
         for batch in table.iter_batches(1_000):
             for row, number in zip(batch.to_pylist(), numbers, strict=False):
                 yield Line(number, f"{path}: row {number}", row)

@@ -143,3 +143,10 @@ def test_json_that_is_laid_out_for_people_says_how_to_write_it(tmp_path, content
     with pytest.raises(UserError) as caught:
         list(lines(path))
     assert message in str(caught.value)
+
+
+def test_a_parquet_column_that_is_there_twice_is_named(tmp_path):
+    table = pa.table([["q"], ["a"], ["b"]], names=["question", "answer", "answer"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="rows.parquet: column 'answer' is there twice"):
+        list(lines(tmp_path / "rows.parquet"))
