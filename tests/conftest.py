@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import absl.logging
@@ -17,6 +17,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # rouge-score brings this logger: at the next configuration of logging it closes the stream that it found when it was imported.
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+
+@pytest.fixture(autouse=True)
+def the_environment_stays_the_same_object() -> Iterator[None]:
+    """Libraries hold `os.environ` from their import: a test that leaves another one behind breaks others, far from itself."""
+    environment = os.environ
+    yield
+    replaced, os.environ = os.environ is not environment, environment
+    assert not replaced, "os.environ is another object than before this test"
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,7 @@ def read_file(file: DataFile, settings: RowSettings, first: int = 0) -> tuple[Da
         "identity": layout.format.identity,
         "form": FORM,
     }
-    with quiet(file.path.stat().st_size < _LONG_FILE), cache_errors():
+    with quiet(file.path.stat().st_size < _LONG_FILE), writing_the_cache():
         try:
             rows = Dataset.from_generator(_checked_rows, features=ROW, gen_kwargs=arguments)
         except DatasetGenerationError as error:
@@ -153,12 +153,16 @@ def quiet(few: bool) -> Iterator[None]:
 
 
 @contextmanager
-def cache_errors() -> Iterator[None]:
-    """Turn a cache that cannot be written into one line that names it.
+def writing_the_cache() -> Iterator[None]:
+    """Turn a cache that cannot be written into one line that names it, and keep `os.environ` the object that it is.
+
+    With several processes, datasets puts a copy in its place: whoever holds the first one, as rich does for the width of
+    a terminal, would never see a change again.
 
     Raises:
         RunError: instead of an OSError, such as a full disk.
     """
+    environment = os.environ
     try:
         yield
     except OSError as error:
@@ -167,3 +171,5 @@ def cache_errors() -> Iterator[None]:
             f"{datasets.config.HF_DATASETS_CACHE}: the cache of rows cannot be written ({reason}): free some space, or set "
             "HF_DATASETS_CACHE to a folder elsewhere"
         ) from error
+    finally:
+        os.environ = environment  # noqa: B003

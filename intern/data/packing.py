@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from intern.data.files import cache_errors
+from intern.data.files import writing_the_cache
 
 
 def keeps_rows_apart(args: SFTConfig) -> bool:
@@ -28,7 +28,7 @@ def pack(rows: Dataset, args: SFTConfig) -> Dataset:
     rows = rows.select_columns(["input_ids", "labels"])
     if args.shuffle_dataset:
         rows = rows.shuffle(seed=args.seed)
-    with cache_errors():
+    with writing_the_cache():
         packs = pack_dataset(
             rows, int(args.max_length or 0), args.packing_strategy, {"num_proc": args.dataset_num_proc}
         )

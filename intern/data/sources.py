@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 
-from intern.data.files import FORM, ROW, DataFile, cache_errors, quiet, read_file
+from intern.data.files import FORM, ROW, DataFile, quiet, read_file, writing_the_cache
 from intern.data.formats import Layout, conversation_row, detect
 from intern.data.settings import HUB, DataConfig
 from intern.errors import UserError
@@ -122,7 +122,7 @@ def read_sources(sources: Sequence[Source], data: DataConfig, training: bool) ->
         found.append(description)
         entries.setdefault(source.entry, []).append(rows)
         first = int(rows[-1]["row"])
-    with quiet(True), cache_errors():
+    with quiet(True), writing_the_cache():
         mixed = [concatenate_datasets(parts) if len(parts) > 1 else parts[0] for parts in entries.values()]
         if data.weights is not None and training:
             mixed = _mixture(mixed, data.weights, data.seed)
@@ -180,7 +180,7 @@ def _read_dataset(name: str, data: DataConfig, split: str, first: int) -> tuple[
     key = [file.sha256, layout.format.name, dict(data.columns or {}), data.rows.needs_context, first, layout.format.identity, FORM]  # fmt: skip
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "intern_rows"
-    with quiet(len(raw) < _BATCH), cache_errors():
+    with quiet(len(raw) < _BATCH), writing_the_cache():
         folder.mkdir(parents=True, exist_ok=True)
         rows = raw.map(
             _checked,

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from intern.data.files import cache_errors, quiet
+from intern.data.files import quiet, writing_the_cache
 from intern.data.prompt import LossOn, Prompt
 from intern.data.truncation import RULE
 from intern.display.progress import LONG_DATA
@@ -100,7 +100,7 @@ def tokenize(
         }
 
     key = [rows._fingerprint, prompt.to_json(), identity(tokenizer), max_length, scoring, loss_on, RULE, _FORM]
-    with quiet(len(rows) < LONG_DATA), cache_errors():
+    with quiet(len(rows) < LONG_DATA), writing_the_cache():
         tokens = rows.map(
             encode,
             batched=True,

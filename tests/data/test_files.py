@@ -1,6 +1,7 @@
 """Rows are read, checked and tokenized; a fault is named by file and row."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -122,13 +123,15 @@ def test_no_row_that_fits_is_an_error(rows_file, tokenizer):
         tokenize(rows, tokenizer, Prompt.from_tokenizer(tokenizer, "Be brief.", "never"), 10, None)
 
 
-def test_parallel_tokenizing_gives_the_same_rows(rows_file, tokenizer):
+def test_parallel_tokenizing_gives_the_same_rows_and_leaves_the_environment(rows_file, tokenizer):
+    environment = os.environ
     rows = read(rows_file(*[GOOD | {"question": f"How much {number}?"} for number in range(50)]))
     one = tokenize(rows, tokenizer, Prompt.from_tokenizer(tokenizer, "Be brief.", "never"), 512, 1)
     two = tokenize(rows, tokenizer, Prompt.from_tokenizer(tokenizer, "Be very brief.", "never"), 512, 2)
     again = tokenize(rows, tokenizer, Prompt.from_tokenizer(tokenizer, "Be very brief.", "never"), 512, 1)
     assert two.rows.to_list() == again.rows.to_list()
     assert one.rows.to_list() != two.rows.to_list()
+    assert os.environ is environment  # datasets leaves a copy in its place, which a library that holds it never sees
 
 
 def test_the_sample_data_keeps_its_promises():
