@@ -7,7 +7,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from intern.cli import sweep
-from intern.cli.command import command, quoted, text_of
+from intern.cli.arguments import quoted, text_of
+from intern.cli.command import command
 from intern.cli.start import Start
 from intern.errors import UserError
 from intern.model.preload import importing

@@ -7,7 +7,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from intern.cli.command import command, quoted
+from intern.cli.arguments import quoted
+from intern.cli.command import command
 from intern.cli.start import open_logs
 from intern.config.secrets import from_environment
 from intern.errors import RunError, UserError

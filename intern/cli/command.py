@@ -18,25 +18,22 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from intern.cli import sweep
+from intern.cli.arguments import WORDS, check_arguments, check_groups, command_keys, literal
 from intern.cli.help import help_text
 from intern.cli.messages import say
 from intern.cli.start import remove_unused
-from intern.config.build import literal_text
 from intern.config.secrets import refuse, refuse_arguments
 from intern.config.suggestions import unknown, with_origin
 from intern.errors import RunError, UserError, one_line
@@ -45,55 +42,6 @@ from intern.runs.disk import unwritable
 
 log = logging.getLogger(__name__)
 
-# Keys of every command whose values are a person's words or paths.
-WORDS = frozenset(
-    {
-        "against",
-        "base_model",
-        "context",
-        "data.chat_template",
-        "data.eval_file",
-        "data.system_prompt",
-        "data.train_file",
-        "eval_file",
-        "generation.stop_strings",
-        "harness.include_path",
-        "history",
-        "html",
-        "hydra.run.dir",
-        "hydra.sweep.dir",
-        "lengths",
-        "logger.name",
-        "lora.exclude_modules",
-        "lora.target_modules",
-        "logger.project",
-        "model.pretrained_model_name_or_path",
-        "model.quantized_cache",
-        "name",
-        "notes",
-        "output_dir",
-        "question",
-        "resume",
-        "run_dir",
-        "train_file",
-    }
-)
-_LISTS = {
-    "data.eval_file",
-    "data.train_file",
-    "generation.stop_strings",
-    "lora.exclude_modules",
-    "lora.target_modules",
-}  # may hold several: [a,b]
-_SWEPT = (
-    "data.",
-    "model.",
-    "logger.",
-    "lora.",
-)  # groups whose keys a sweep may give several values, separated by commas
-_INTERPOLATED = {"hydra.run.dir", "hydra.sweep.dir", "model.quantized_cache"}  # ${now:...} is Hydra's in these
-_NO_NAME = (int, float, type(None))  # values of an override that name no option
-_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _ROOM = "free some space or make it writable, then run the same command again"
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -150,13 +98,14 @@ def command(
             try:
                 refuse_arguments(sys.argv[1:])
                 check_groups(sys.argv[1:])
+                check_arguments(sys.argv[1:], words, command_keys(config_name))
                 sys.argv[1:] = prepare(literal(sys.argv[1:], words))
                 with _full_errors("1"):  # Hydra raises its own errors instead of printing them
                     job()
             except (HydraException, OmegaConfBaseException, UserError) as error:
                 if WANTS_TRACEBACK:
                     raise
-                say(_composition_fault(error))
+                say(_composition_fault(error, command_keys(config_name)))
                 sys.exit(2)
             except OSError as error:
                 if WANTS_TRACEBACK:
@@ -193,60 +142,6 @@ def _full_errors(value: str | None) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def literal(arguments: Sequence[str], words: Collection[str] = WORDS) -> list[str]:
-    """Return a command line as Hydra reads it: values of `words` mean their characters, whatever those are to Hydra's grammar.
-
-    Values that stay as they are: null, one text wholly in one pair of quotes (Hydra removes them), the list [a.jsonl,b.jsonl] for a key of
-    several files, and in a sweep (--multirun) what has a comma, which separates the values of different jobs there.
-    """
-    sweeps = bool({"-m", "--multirun"} & set(arguments))
-    return [_literal(argument, words, sweeps) for argument in arguments]
-
-
-def _literal(argument: str, words: Collection[str], sweeps: bool) -> str:
-    key, sign, value = argument.partition("=")
-    name = key.lstrip("+")
-    is_list = name in _LISTS and value.startswith("[") and value.endswith("]") and not Path(value).exists()
-    is_swept = sweeps and "," in value and name.startswith(_SWEPT)
-    if name not in words or not sign or value == "null" or is_list or is_swept or _QUOTED.fullmatch(value):
-        return argument
-    return f"{key}={_as_text(value, keep_interpolations=name in _INTERPOLATED)}"
-
-
-def check_groups(arguments: Sequence[str]) -> None:
-    """Raise UserError for a group that is given null or a number: Hydra would end with a traceback."""
-    for argument in arguments:
-        key, sign, value = argument.partition("=")
-        group = key.lstrip("+").partition("@")[0]
-        if not sign or not re.fullmatch(r"[a-z_]+(/[a-z_]+)?", group):
-            continue
-        options = sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml"))
-        names = [yaml.safe_load(name) for name in value.split(",") if re.fullmatch(r"[\w.+-]*", name)]
-        if options and any(isinstance(name, _NO_NAME) for name in names):
-            raise UserError(f"{group}={value}: must name one of the options in conf/{group}/: {', '.join(options)}")
-
-
-def quoted(key: str, value: str) -> str:
-    """Return `key=value` as an override whose value is exactly these characters."""
-    return f"{key}={_as_text(value)}"
-
-
-def text_of(argument: str) -> str:
-    """Return the value of `key=value`, without the quotes that Hydra would remove."""
-    value = argument.partition("=")[2]
-    if not _QUOTED.fullmatch(value):
-        return value
-    parsed = OverridesParser.create().parse_override(f"x={value}").value()
-    text = parsed.text if isinstance(parsed, QuotedString) else str(parsed)
-    return str(OmegaConf.create({"value": text}).value)
-
-
-def _as_text(value: str, keep_interpolations: bool = False) -> str:
-    if not keep_interpolations:
-        value = literal_text(value)
-    return QuotedString(value, Quote.double).with_quotes()
-
-
 def _refuse_credentials(cfg: DictConfig) -> None:
     """Refuse a configuration with a credential, and remove what Hydra stored of it: a job of a sweep is composed only there."""
     hydra_config = HydraConfig.get()
@@ -265,8 +160,8 @@ def _located(message: str) -> str:
     return with_origin(message, config.overrides.task, config.runtime.choices, folders)
 
 
-def _composition_fault(error: Exception) -> str:
-    """Return Hydra's message on one line, with the nearest right key if the key is wrong."""
+def _composition_fault(error: Exception, keys: Collection[str] = ()) -> str:
+    """Return Hydra's message on one line, with the nearest right key if the key is wrong; `keys` are the command's at the top level."""
     if isinstance(error, UserError):
         return str(error)  # of a sweep's jobs: a line for each mistake
     cause: BaseException | None = error
@@ -280,7 +175,8 @@ def _composition_fault(error: Exception) -> str:
         return f"{group}={name}: no such option; {hint}conf/{group}/ has {', '.join(options)}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
         group, _, key = str(cause.full_key).rpartition(".")
-        said = unknown(key, [str(name) for name in cause.parent_node], group)
+        known = {str(name) for name in cause.parent_node}
+        said = unknown(key, sorted(known if group else known | set(keys)), group)
         return (
             f"{said} (a key of the library that no group file has is added with a plus: +{cause.full_key}=...)"
             if group

@@ -73,6 +73,7 @@ class Prepared:
         values: dict[str, Any] = {
             "train_file": _names(self.train.files),
             "eval_file": None if self.data.eval_share or self.golden is None else _names(self.golden.files),
+            "context": self.data.context,
             "system_prompt": self.data.system_prompt,
         }
         if self.data.weights is not None:  # one weight per entry, whatever a glob has become

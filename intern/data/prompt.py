@@ -96,7 +96,7 @@ class Prompt:
             UserError: no chat template, one that this contract cannot follow, or a context mode that does not exist.
         """
         if context not in get_args(Context):
-            raise UserError(f"data.context={context}: must be one of {', '.join(get_args(Context))}")
+            raise UserError(f"data.context={context}: must be auto or one of {', '.join(get_args(Context))}")
         renderer = build_renderer(tokenizer, template_kwargs or {})
         template = take_apart(renderer)
         prompt = cls(

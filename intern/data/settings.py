@@ -19,7 +19,7 @@ class DataConfig:
 
     train_file: str | list[str]
     eval_file: str | list[str] | None = AUTO
-    context: str = "never"
+    context: str = AUTO
     num_proc: int | None = None
     system_prompt: str | None = AUTO
     sample: dict[str, str] | None = None  # what "auto" means for the sample's own training file
@@ -60,7 +60,7 @@ class DataConfig:
 
 
 def resolved(data: DataConfig) -> DataConfig:
-    """Replace `auto`: the sample's golden file and system prompt belong to the sample's training file, and to no other.
+    """Replace `auto`: the sample's golden file, context mode and system prompt belong to the sample's training file, and to no other.
 
     Raises:
         UserError: values that contradict each other, or are out of range.
@@ -80,6 +80,7 @@ def resolved(data: DataConfig) -> DataConfig:
     if system_prompt == AUTO:
         system_prompt = sample.get("system_prompt")
     checked_text(system_prompt, "data.system_prompt")
+    context = sample.get("context", "never") if data.context == AUTO else data.context
     if data.weights is not None:
         if len(data.weights) != len(data.train_files):
             raise UserError(
@@ -91,7 +92,7 @@ def resolved(data: DataConfig) -> DataConfig:
         raise UserError(f"data.max_rows={data.max_rows}: must be at least 1, or null for all")
     if data.streaming and data.max_rows is None:
         raise UserError("data.streaming=true needs data.max_rows: how many rows to take from the start of the dataset")
-    return replace(data, eval_file=eval_file, system_prompt=system_prompt or "", sample=None)
+    return replace(data, eval_file=eval_file, context=context, system_prompt=system_prompt or "", sample=None)
 
 
 def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helpers import ROOT, command
 
-from intern.cli.command import check_groups
+from intern.cli.arguments import check_groups
 from intern.cli.help import help_text, own_keys
 from intern.errors import UserError
 from intern.paths import CONF_DIR

@@ -7,7 +7,7 @@ import pytest
 from helpers import command, composed
 from omegaconf import OmegaConf
 
-from intern.cli.command import literal, text_of
+from intern.cli.arguments import literal, text_of
 from intern.errors import UserError
 from intern.runs.directory import Run
 from intern.runs.find import resolve

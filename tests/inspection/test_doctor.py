@@ -169,7 +169,7 @@ def test_a_check_that_fails_itself_is_red_and_hides_no_other(monkeypatch):
         (["lora.target_modules=[query]"], "adapter", "lora.target_modules", "the model has no query"),
         (["trainer.max_length=4096"], "model", "trainer.max_length=4096: the model has 1,024 positions", "lower it to 1024"),
         (["data.train_file=none.jsonl"], "training rows", "data.train_file=none.jsonl", "no such file"),
-        (["data.context=sometimes"], "tokenizer", "data.context=sometimes", "must be one of never, always, mixed"),
+        (["data.context=sometimes"], "tokenizer", "data.context=sometimes", "must be auto or one of never, always, mixed"),
         (["model.pretrained_model_name_or_path=./none"], "model", "./none", "no such folder"),
         (["quant.bnb_4bit_compute_dtype=float16"], "precision", "would train without loss scaling", "set it to float32"),
     ],

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import OmegaConf
 from tiny_families import FAMILIES
 
-from intern.cli.command import quoted
+from intern.cli.arguments import quoted
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")] + sorted(
     (ROOT / "docs").glob("*.md")
