@@ -204,7 +204,7 @@ class ProcessLauncher(CommandLauncher):
         if self._signal:
             return
         own = " ".join(filter_overrides(job.overrides))
-        log.info("\t#%d%s : %s", job.number, f" on device {device}" if device is not None else "", own)
+        log.info("job %d%s: %s", job.number, f" on device {device}" if device is not None else "", own)
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})
         if not WANTS_TRACEBACK:
             environment.pop("HYDRA_FULL_ERROR", None)
@@ -220,7 +220,7 @@ class ProcessLauncher(CommandLauncher):
             job.exit_code = process.wait()
             del self._running[job.number]
         if quiet:
-            log.info("\t#%d : %s", job.number, job.failure() or f"done, score {job.run.score():.4f}")
+            log.info("job %d: %s", job.number, job.failure() or f"done, score {job.run.score():.4f}")
         if not self._signal:
             sweep.report_ended(job.number, job.run, time.monotonic() - begun, has_failed=job.exit_code != 0)
 
@@ -310,7 +310,7 @@ class SlurmLauncher(CommandLauncher):
         submitted = executor.submit_array([SlurmJob(job.command) for job in jobs])
         for job, remote in zip(jobs, submitted, strict=True):
             log.info(
-                "\t#%d in the queue as %s : %s", job.number, remote.job_id, " ".join(filter_overrides(job.overrides))
+                "job %d in the queue as %s: %s", job.number, remote.job_id, " ".join(filter_overrides(job.overrides))
             )
         try:
             self._wait(jobs, submitted)
@@ -328,4 +328,4 @@ class SlurmLauncher(CommandLauncher):
             except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
                 job.reason = f"SLURM ended {remote.job_id} ({remote.state}), see {remote.paths.stderr}"
                 log.debug("%s", error)
-            log.info("\t#%d : %s", job.number, job.failure() or f"done, score {job.run.score():.4f}")
+            log.info("job %d: %s", job.number, job.failure() or f"done, score {job.run.score():.4f}")

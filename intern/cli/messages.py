@@ -1,12 +1,14 @@
 """Log records and error messages -> lines without credentials and control characters."""
 
 import logging
+import re
 import sys
 
 from intern.config.secrets import masked
 from intern.display.text import in_lines, visible
 
-_OURS = ("intern", "hydra")
+_OURS = ("intern", "hydra", "hydra_plugins")
+_HYDRAS_JOB = re.compile(r"^\t#(\d+) : ")  # how Hydra's launcher begins the line of a job
 
 
 class Formatter(logging.Formatter):
@@ -18,7 +20,9 @@ class Formatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the line without a traceback, which follows it on lines of its own."""
         own = record.name.split(".")[0] in _OURS
-        record.message = visible(record.message) if own else record.message.replace("\n", "\n    ")
+        record.message = (
+            visible(_HYDRAS_JOB.sub(r"job \1: ", record.message)) if own else record.message.replace("\n", "\n    ")
+        )
         return super().formatMessage(record)
 
 

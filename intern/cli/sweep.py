@@ -225,10 +225,9 @@ class Sweep(Callback):
             bests = "; ".join(_best(group) for group in groups)
             log.info("%d finished runs in %s; the best: %s", len(runs), folder, bests or "none has a score")
             place = shlex.quote(f"run_dir={folder}")
-            log.info(
-                "next:\n  python -m intern.compare %s\n  python -m intern.evaluate %s\n  python -m intern.query %s question='...'",
-                shlex.quote(f"runs={folder}"), place, place,
-            )  # fmt: skip
+            compared = shlex.quote(f"runs={folder}")
+            for command in (f"evaluate {place}", f"compare {compared}", f"query {place} question='...'"):
+                log.info("next: python -m intern.%s", command)
         for failure in record.failures:
             log.error("%s", record.describe(failure))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from intern.comparison.columns import columns
-from intern.comparison.groups import Runs, shown_keys
+from intern.comparison.groups import RunGroup, Runs, shown_keys
 from intern.comparison.reader import FinishedRun, as_number
 from intern.comparison.table import others, quality, table
 from intern.display.plot import labels, plot_curves, plot_points
@@ -17,6 +17,7 @@ from intern.evaluation.metrics import Place, metrics_at
 from intern.runs.files import write_text
 
 _MOST_CURVES = 12
+_PLOTS = ("score_by_rank*.png", "quality_by_memory*.png", "loss_curves.png")
 _LONGEST_HISTORY = 2**24  # bytes of history.jsonl that are drawn; 60,000 log steps
 _HIGHEST_LOSS = 1e6  # a curve beyond it would flatten all others
 
@@ -73,11 +74,11 @@ def _write_csv(runs: Runs, target: Path) -> None:
 
 
 def _draw(runs: Runs, folder: Path) -> list[Path]:
-    """Write the plots that the runs allow: score against rank, loss curves, quality against memory."""
+    """Write the plots that the runs allow, and remove those of an earlier start: score by rank, by memory, loss curves."""
 
-    def points(x_of: str) -> list[tuple[float, tuple[float, float | None, float | None], bool]]:
+    def points(group: RunGroup, x_of: str) -> list[tuple[float, tuple[float, float | None, float | None], bool]]:
         found = []
-        for one in runs.finished:
+        for one in group.runs:
             x = one.values.get(x_of) if x_of in columns() else as_number(one.config.get(x_of))
             y = one.values.get(runs.best_by)
             if x is not None and y is not None:
@@ -86,19 +87,22 @@ def _draw(runs: Runs, folder: Path) -> list[Path]:
 
     way = "higher" if columns()[runs.best_by].higher_is_better else "lower"
     label = f"{quality(runs)} ({way} is better)"
-    plots = {name: folder / f"{name}.png" for name in ("score_by_rank", "loss_curves", "quality_by_memory")}
     drawn_now: list[Path] = []
 
     def draws(name: str) -> Path:
-        drawn_now.append(plots[name])
-        return plots[name]
+        drawn_now.append(folder / f"{name}.png")
+        return drawn_now[-1]
 
-    by_rank = [point for point in points("lora.r") if point[0] > 0]
-    if len({x for x, *_ in by_rank}) > 1:
-        plot_points(by_rank, "rank (lora.r)", label, draws("score_by_rank"), doubling=True)
-    by_memory = points("peak_memory_gib")
-    if len({x for x, *_ in by_memory}) > 1:
-        plot_points(by_memory, "peak memory (GiB)", label, draws("quality_by_memory"))
+    # Scores that were measured on different rows are not drawn in one picture: each group has its own.
+    several = len(runs.ranked) > 1
+    for group in runs.ranked:
+        mark, on = (f"_{group.mark}", f"\non {group.name} (group {group.mark})") if several else ("", "")
+        by_rank = [point for point in points(group, "lora.r") if point[0] > 0]
+        if len({x for x, *_ in by_rank}) > 1:
+            plot_points(by_rank, "rank (lora.r)", label + on, draws(f"score_by_rank{mark}"), doubling=True)
+        by_memory = points(group, "peak_memory_gib")
+        if len({x for x, *_ in by_memory}) > 1:
+            plot_points(by_memory, "peak memory (GiB)", label + on, draws(f"quality_by_memory{mark}"))
     bests = [group.best for group in runs.ranked if group.best is not None]
     drawn = list(dict.fromkeys([*bests, *runs.finished]))[:_MOST_CURVES]
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -109,10 +113,11 @@ def _draw(runs: Runs, folder: Path) -> list[Path]:
             best_label = name if one is runs.best else best_label
     if curves:
         plot_curves(curves, best_label, draws("loss_curves"))
-    for plot in plots.values():
-        if plot not in drawn_now:
-            plot.unlink(missing_ok=True)  # of an earlier start
-    return [plot for plot in plots.values() if plot in drawn_now]
+    for pattern in _PLOTS:
+        for plot in folder.glob(pattern):
+            if plot not in drawn_now:
+                plot.unlink()  # of an earlier start
+    return drawn_now
 
 
 def _curve(one: FinishedRun) -> list[tuple[float, float]]:

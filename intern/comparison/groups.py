@@ -12,7 +12,7 @@ from intern.comparison.reader import FinishedRun, OtherRun, read_run
 from intern.config.suggestions import unknown
 from intern.errors import UserError
 from intern.evaluation.metrics import METRICS, Place, metrics_at
-from intern.runs.find import RUN_ROOTS
+from intern.runs.find import RUN_ROOTS, runs_called
 
 _ALWAYS_SHOWN = ("lora.r", "trainer.learning_rate")
 _FIRST_IF_DIFFERENT = ("lora.lora_alpha", "lora.scale")  # without them, a sweep over ranks cannot be read
@@ -186,7 +186,7 @@ def _present_name(column: str) -> str:
 
 
 def run_folders(path: str) -> Iterator[Path]:
-    """Yield the run directories at or below a path or glob, finished or not; nothing below a run is searched."""
+    """Yield the run directories at or below a path or glob, or of a name, finished or not; nothing below a run is searched."""
     given = Path(path).expanduser()
     starts = [given] if given.is_dir() else _matches(path)
     # A folder that the user names may be a link; a link that a glob finds leads to other people's runs, and .hydra is no run.
@@ -196,7 +196,10 @@ def run_folders(path: str) -> Iterator[Path]:
         if start.is_dir() and (start == given or not (start.is_symlink() or start.name.startswith(".")))
     ]
     if not starts:
-        raise UserError(f"runs={path}: no such folder")
+        named = runs_called(path)
+        if not named:
+            raise UserError(f"runs={path}: no such folder, and no run below outputs/ or multirun/ has this name")
+        yield from (run.path for run in named)
     for start in starts:
         for here, folders, files in os.walk(start.resolve()):
             begun = ".hydra" in folders or "train.log" in files

@@ -172,13 +172,20 @@ def _config(nested: dict[str, Any]) -> dict[str, str]:
 
 
 def _flat(node: dict[Any, Any], before: str) -> Iterator[tuple[str, str]]:
+    """Yield group.key and its value as text; a mapping such as data.columns is a value, not a group."""
     for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{before}{key}.")
+        if isinstance(value, dict) and not before:
+            yield from _flat(value, f"{key}.")
         else:
-            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-            is_hidden = is_secret_name(str(key)) and value is not None
-            yield f"{before}{key}", MASK if is_hidden else masked(text)  # runs of earlier versions may hold credentials
+            yield f"{before}{key}", _as_text(str(key), value)
+
+
+def _as_text(key: str, value: Any) -> str:
+    if is_secret_name(key) and value is not None:
+        return MASK  # runs of earlier versions may hold credentials
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_as_text(str(name), one)}" for name, one in value.items())
+    return masked(" ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def as_number(text: str | None) -> float | None:

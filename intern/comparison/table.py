@@ -12,6 +12,8 @@ from intern.comparison.reader import FinishedRun
 from intern.display.table import least_width, natural_width
 from intern.evaluation.bootstrap import FEW, FEW_MARK
 from intern.evaluation.metrics import METRICS, Place, metrics_at
+from intern.runs.find import runs_called
+from intern.runs.state import State
 
 STAR = "★"
 _IN_TERMINAL = (
@@ -210,7 +212,7 @@ def advice(runs: Runs, paths: list[str], everything: bool) -> list[str]:
 
 def _nothing_to_compare(runs: Runs) -> str:
     """Return why there is no table, and what to do about it."""
-    stopped = [one for one in runs.others if one.reason.startswith("unfinished")]
+    stopped = [one for one in runs.others if one.reason.startswith(State.INTERRUPTED)]
     resume = ""
     if stopped:
         command = f"python -m intern.train {shlex.quote(f'resume={stopped[0].path}')}"
@@ -222,7 +224,8 @@ def _how_to_evaluate(runs: Runs, metric: str, paths: list[str]) -> str:
     """Return the command that measures a metric of all compared runs, or of one of them if no one folder holds all."""
     needs = f" {METRICS[metric].needs}" if METRICS[metric].needs else ""
     lacking = [one for one in runs.finished if metric not in one.values]
-    is_folder = len(paths) == 1 and Path(paths[0]).expanduser().is_dir() and len(lacking) > 1
+    holds_all = len(paths) == 1 and (Path(paths[0]).expanduser().is_dir() or bool(runs_called(paths[0])))
+    is_folder = holds_all and len(lacking) > 1
     run_dir = paths[0] if is_folder else str(lacking[0].run.path)
     each = ", for each run" if len(lacking) > 1 and not is_folder else ""
     return f"python -m intern.evaluate {shlex.quote(f'run_dir={run_dir}')}{needs} measures it{each}"

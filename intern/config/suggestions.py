@@ -34,11 +34,16 @@ def unknown(key: str, known: Iterable[str], group: str = "") -> str:
     """
     names = sorted(known)
     prefix = f"{group}." if group else ""
-    near = [_ELSEWHERE[key]] if _ELSEWHERE.get(key) in names else difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    near = [_ELSEWHERE[key]] if _ELSEWHERE.get(key) in names else []
+    near = near or ([name for name in names if name.startswith(key)] if len(key) > 3 else [])
+    near = near or difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    near = near or ([name for name in names if key.lower() in name.lower()] if len(key) > 1 else [])
     if near:
         return f"{prefix}{key}: unknown key; did you mean {prefix}{near[0]}?"
     if len(names) <= _SHOWN:
         return f"{prefix}{key}: unknown key; the known keys are {', '.join(names)}"
+    if not group:
+        return f"{key}: unknown key; there are {', '.join(name for name in names if '.' not in name)} and every config key such as lora.r"
     return f"{prefix}{key}: unknown key; see conf/{group}/ for the usual ones"
 
 

@@ -10,7 +10,7 @@ from intern.evaluation.metrics import METRICS
 from intern.listing.run_list import ListedRun, date, mapping, number, read_json_or_empty
 from intern.runs.directory import Run
 from intern.runs.removal import size_of
-from intern.runs.state import State, last_step, why_unfinished
+from intern.runs.state import State, why_unfinished
 from intern.units import in_words
 
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -50,10 +50,8 @@ def _state(one: ListedRun) -> str:
     if one.state is State.FINISHED:
         return "finished"
     if one.state is State.RUNNING:
-        step = last_step(one.run)
-        return "running" if step is None else f"running, step {step} was the last one logged"
-    reason = why_unfinished(one.run)
-    return reason if one.state is State.FAILED else f"interrupted ({reason.removeprefix('unfinished: ')})"
+        return f"running ({why_unfinished(one.run)})"
+    return why_unfinished(one.run)
 
 
 def _what(config: dict[str, Any]) -> Lines:

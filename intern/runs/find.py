@@ -11,6 +11,7 @@ from intern.errors import UserError
 from intern.runs.directory import Run
 from intern.runs.names import called, given_name
 from intern.runs.ranking import rank
+from intern.runs.state import State, state_of, why_unfinished
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +75,11 @@ def resolve_all(run_dir: str | Path | None, root: Path | None = None) -> list[Ru
     if run.finished:
         return [run]
     if run.config.is_file():
-        raise UserError(
-            f"run_dir={run_dir}: this run is unfinished (no metrics.json); to resume it: "
-            f"python -m intern.train {shlex.quote(f'resume={run.path}')}"
-        )
+        remedy = {
+            State.RUNNING: "wait until it has finished",
+            State.FAILED: "fix the cause and train again",
+        }.get(state_of(run), f"to resume it: python -m intern.train {shlex.quote(f'resume={run.path}')}")
+        raise UserError(f"run_dir={run_dir}: this run is not finished ({why_unfinished(run)}): {remedy}")
     runs = list(runs_below(path))
     if not runs:
         raise UserError(f"run_dir={run_dir}: neither a run (no config.yaml) nor a folder of finished runs")
@@ -141,19 +143,31 @@ def best_of(runs: list[Run], asked: str, root: Path) -> Run:
     return best.best
 
 
+def runs_called(name: str, root: Path | None = None) -> list[Run]:
+    """Return the runs that were given this name, or else the jobs of a sweep that was: NAME/0, NAME/1 and so on; finished or not.
+
+    Args:
+        name: as given with name=.
+        root: the folder of outputs/ and multirun/; the working directory by default.
+    """
+    root = root or Path.cwd()
+    folders = [folder for place in RUN_ROOTS for folder in _folders_with(root / place, "config.yaml")]
+    names = [(given_name(run), run) for run in (Run(folder.resolve()) for folder in folders)]
+    found = [run for given, run in names if given == name]
+    return found or [run for given, run in names if given and given.startswith(f"{name}/")]
+
+
 def _named(name: str, root: Path) -> list[Run]:
-    """Return the run that was given this name, or the jobs of a sweep that was: NAME/0, NAME/1 and so on.
+    """Return the one run of this name, or the jobs of a sweep.
 
     Raises:
         UserError: several runs have the name, apart from a sweep's jobs.
     """
-    folders = [folder for place in RUN_ROOTS for folder in _folders_with(root / place, "config.yaml")]
-    names = [(given_name(run), run) for run in (Run(folder.resolve()) for folder in folders)]
-    found = [run for given, run in names if given == name]
-    if len(found) > 1:
+    found = runs_called(name, root)
+    if len(found) > 1 and given_name(found[0]) == name:
         places = ", ".join(_short(run.path, root) for run in found)
         raise UserError(f"{name}: {len(found)} runs have this name: give the folder of one: {places}")
-    return found or [run for given, run in names if given and given.startswith(f"{name}/")]
+    return found
 
 
 def _short(path: Path, root: Path) -> str:

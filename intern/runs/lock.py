@@ -40,4 +40,4 @@ def lock(run: Run) -> Iterator[None]:
 
 
 def _busy(run: Run) -> BusyError:
-    return BusyError(f"{run.path}: another process trains in it: wait for it, or choose another hydra.run.dir")
+    return BusyError(f"{run.path}: another process trains in it: wait until it has finished")

@@ -45,7 +45,7 @@ def pack(run: Run, name: str, out: Path) -> list[str]:
     if not out.name.endswith(_ENDINGS):
         raise UserError(f"out={out}: must end with .zip, .tar.gz or .tgz")
     if not run.finished:
-        raise UserError(f"pack={name}: {run.path} is unfinished: there is no adapter to pack yet")
+        raise UserError(f"pack={name}: {run.path} is not finished: there is no adapter to pack yet")
     if out.exists() or out.is_symlink():
         raise UserError(f"out={out}: exists already: choose another name, or remove it first")
     if not out.parent.is_dir():

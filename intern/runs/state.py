@@ -46,13 +46,16 @@ def is_locked(run: Run) -> bool:
 
 
 def why_unfinished(run: Run) -> str:
-    """Return the reason why a run has no metrics: its last error, or how far training came."""
+    """Return the reason why a run has no metrics: that it is still training, its last error, or how far training came."""
+    step = last_step(run)
+    after = f"; step {step} was the last one logged" if step is not None else ""
+    if is_locked(run):
+        return f"still training{after}"
     if (failure := _failure(run)) is not None and isinstance(failure.get("error"), str):
         return f"failed: {failure['error']}"
     if error := _last_error(run):
         return f"failed: {error}"
-    step = last_step(run)
-    return f"unfinished: no metrics.json, last step {step}" if step is not None else "unfinished: no metrics.json"
+    return f"{State.INTERRUPTED}{after}"
 
 
 def last_step(run: Run) -> int | None:

@@ -78,6 +78,18 @@ def test_a_failed_job_does_not_end_the_others(sweep):
     assert resolve(folder).path.name in "023" and "3 finished runs" in done.stderr
 
 
+def test_each_message_of_a_sweep_is_a_line_and_the_last_ones_are_commands(sweep):
+    folder, done = sweep
+    assert "\\n" not in done.stderr and "\\t" not in done.stderr
+    assert "] job 0: " in done.stderr
+    told = [line.partition("next: ")[2] for line in done.stderr.splitlines() if "next: " in line]
+    assert told == [
+        f"python -m intern.evaluate run_dir={folder}",
+        f"python -m intern.compare runs={folder}",
+        f"python -m intern.query run_dir={folder} question='...'",
+    ]
+
+
 def test_a_failed_job_has_its_reason_and_its_traceback_in_its_own_folder(sweep):
     folder, done = sweep
     failure = json.loads((folder / "1" / "failure.json").read_text())

@@ -15,6 +15,7 @@ from intern.comparison.files import write_overview
 from intern.comparison.groups import given_paths, read_runs, shown_keys
 from intern.comparison.table import advice, narrowed, notes, table
 from intern.comparison.terminal import show_runs
+from intern.config.secrets import MASK
 from intern.errors import UserError
 from intern.runs.directory import Run
 from intern.runs.find import resolve
@@ -75,7 +76,7 @@ def broken(folder):
     return {
         "failed": "failed: lora.r=0: must be at least 1",
         "crashed": "failed: ValueError: no such thing",
-        "killed": "unfinished: no metrics.json, last step 4",
+        "killed": "interrupted; step 4 was the last one logged",
         "cut": "metrics.json: cannot be read (JSONDecodeError)",
         "lossless": "metrics.json has no loss that is a number",
         "unreadable": "config.yaml: cannot be read (ScannerError)",
@@ -160,6 +161,46 @@ def test_files_hold_every_run_and_the_plots(sweep, tmp_path):
     assert all(f"![{name}]({name}.png)" in text for name in ("score_by_rank", "loss_curves", "quality_by_memory"))
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("score_by_rank", "loss_curves"))
     assert all(reason in text for reason in reasons.values()) and "said" in text
+
+
+def test_scores_of_different_rows_are_drawn_apart_and_pictures_of_an_earlier_start_go(tmp_path):
+    for name, rank, data in (("a", 4, "one"), ("b", 8, "one"), ("c", 4, "other"), ("d", 8, "other")):
+        made(tmp_path / "runs" / name, 0.5, rank=rank, data=data)
+    (tmp_path / "score_by_rank.png").write_bytes(b"of an earlier start")
+    write_overview(read_runs([str(tmp_path / "runs")], "score", None), tmp_path, [], "score")
+    assert {path.stem for path in tmp_path.glob("*.png")} == {
+        "loss_curves", "score_by_rank_A", "score_by_rank_B", "quality_by_memory_A", "quality_by_memory_B"
+    }  # fmt: skip
+
+
+def test_a_mapping_is_one_value_and_not_columns_of_its_own(tmp_path):
+    made(tmp_path / "a", 0.5, **{"logger": {"extra": {"api_key": "secret", "x": 1}}})
+    made(tmp_path / "b", 0.6, **{"lora": {"rank_pattern": {"q_proj": 4, "v_proj": 8}}})
+    runs = read_runs([str(tmp_path)], "score", None)
+    assert [one.config.get("lora.rank_pattern") for one in runs.finished] == [None, "q_proj: 4, v_proj: 8"]
+    assert runs.finished[0].config["logger.extra"] == f"api_key: {MASK}, x: 1"
+
+
+def test_runs_and_sweeps_are_found_by_their_names(tmp_path, monkeypatch):
+    for number in (0, 1):
+        made(tmp_path / "multirun" / "day" / str(number), 0.5 + number, name=f"ranks/{number}")
+    made(tmp_path / "outputs" / "first", 0.7, name="first try")
+    monkeypatch.chdir(tmp_path)
+    assert [one.name for one in read_runs(["ranks"], "score", None).finished] == ["ranks/0", "ranks/1"]
+    assert [one.name for one in read_runs(["ranks/1", "first try"], "score", None).finished] == ["first try", "ranks/1"]
+    with pytest.raises(
+        UserError, match="runs=rank: no such folder, and no run below outputs/ or multirun/ has this name"
+    ):
+        read_runs(["rank"], "score", None)
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [("f1", "did you mean token_f1"), ("tokens", "did you mean tokens_per_second"), ("qqqq", "there are ")],
+)
+def test_a_column_that_no_run_has_is_named_with_the_one_that_was_meant(sweep, column, said):
+    with pytest.raises(UserError, match=f"sort_by={column}: unknown key; {said}"):
+        read_runs([str(sweep)], column, None)
 
 
 def test_what_cannot_be_compared_is_named(tmp_path):
@@ -262,13 +303,15 @@ def test_the_last_error_and_the_last_step_are_given_however_long_the_files_are(t
     run = made(tmp_path / "run")
     (run / "metrics.json").unlink()
     (run / "history.jsonl").write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(1, 20_001)))
-    assert read_runs([str(tmp_path)], "score", None).others[0].reason == "unfinished: no metrics.json, last step 20000"
+    assert (
+        read_runs([str(tmp_path)], "score", None).others[0].reason == "interrupted; step 20000 was the last one logged"
+    )
     line = "[t][intern][ERROR] "
     (run / "train.log").write_text(f"{line}first\n" + "x" * 200_000 + f"\n{line}second\n{line}third\n")
     assert read_runs([str(tmp_path)], "score", None).others[0].reason == "failed: third"
     (run / "train.log").unlink()
     (run / "train.log").symlink_to("/etc/passwd")
-    assert "last step" in read_runs([str(tmp_path)], "score", None).others[0].reason
+    assert "was the last one" in read_runs([str(tmp_path)], "score", None).others[0].reason
 
 
 def test_globs_and_folders_give_each_run_once(sweep, tmp_path):
@@ -347,7 +390,7 @@ def hostile(folder):
         "many": "config.yaml has 5,0",
         "outside": "is a link: links of a run directory are not followed",
         "evaluated": "token_f1 is larger than 1e+15",
-        "unfinished": "unfinished: no metrics.json",
+        "unfinished": "interrupted",
     }
 
 

@@ -71,7 +71,7 @@ def test_nothing_is_overwritten_and_nothing_unfinished_is_packed(trained_run, tm
     ):
         with pytest.raises(UserError, match=message):
             pack(Run(trained_run), "x", tmp_path / out)
-    with pytest.raises(UserError, match="is unfinished"):
+    with pytest.raises(UserError, match="is not finished"):
         pack(Run(tmp_path / "run"), "x", tmp_path / "new.zip")
     assert (tmp_path / "taken.zip").read_text() == "mine" and sorted(path.name for path in tmp_path.iterdir()) == [
         "linked.zip",

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from intern.errors import UserError
 from intern.runs.directory import Run
 from intern.runs.find import find_unfinished, resolve, resolve_all
+from intern.runs.lock import lock
 
 
 def finished(path, loss, age=0, golden="golden", **config):
@@ -66,7 +67,7 @@ def test_a_run_is_found_by_its_name_and_a_sweep_by_that_of_its_jobs(tmp_path):
 def test_an_unfinished_run_is_resumed_by_its_name(tmp_path):
     (path := finished(tmp_path / "outputs/a", 0.5, name="first") / "metrics.json").unlink()
     assert find_unfinished("first", tmp_path).path == path.parent
-    with pytest.raises(UserError, match="this run is unfinished"):
+    with pytest.raises(UserError, match="this run is not finished"):
         resolve("first", tmp_path)
 
 
@@ -105,11 +106,28 @@ def test_runs_without_golden_rows_are_ranked_by_their_training_loss(tmp_path):
         resolve("best", tmp_path)
 
 
+def test_a_run_that_is_not_finished_says_what_to_do_about_it(tmp_path):
+    run = Run(tmp_path / "run")
+    run.path.mkdir()
+    run.write_config(OmegaConf.create({"seed": 1}))
+    run.append_history({"step": 3})
+    with pytest.raises(
+        UserError,
+        match=r"\(interrupted; step 3 was the last one logged\): to resume it: python -m intern.train resume=",
+    ):
+        resolve(run.path)
+    with lock(run), pytest.raises(UserError, match=r"\(still training; step 3 .*\): wait until it has finished"):
+        resolve(run.path)
+    run.write_json(run.failure, {"error": "no more disk", "begins_anew": True})
+    with pytest.raises(UserError, match=r"\(failed: no more disk\): fix the cause and train again"):
+        resolve(run.path)
+
+
 def test_an_unfinished_run_is_never_taken_for_a_finished_one(tmp_path):
     unfinished = tmp_path / "outputs/2024-01-03/10-00-00"
     unfinished.mkdir(parents=True)
     Run(unfinished).write_config(OmegaConf.create({"seed": 1}))
-    with pytest.raises(UserError, match="this run is unfinished"):
+    with pytest.raises(UserError, match="this run is not finished"):
         resolve(unfinished)
     with pytest.raises(UserError, match="no finished run below"):
         resolve("latest", tmp_path)
