@@ -74,7 +74,7 @@ def read_run(folder: Path, name: str, evaluation: str | None) -> FinishedRun | O
     except (UserError, OSError) as error:
         reason = str(error) if isinstance(error, UserError) else f"cannot be read ({error.strerror})"
         reason = re.sub(r"(?s): is .* (?:run|run directory)\?$", "", reason.replace(f"{folder}/", ""))
-        return OtherRun(folder, name, reason, _overrides(folder))
+        return OtherRun(folder, name, reason, overrides_of(folder))
 
 
 def _read(run: Run, name: str, evaluation: str | None) -> FinishedRun:
@@ -197,8 +197,8 @@ def as_number(text: str | None) -> float | None:
     return number if number is not None and abs(number) <= _LARGEST else None
 
 
-def _overrides(folder: Path) -> list[str]:
-    """Return the command line of a job that failed before its configuration was stored, from Hydra's list of strings."""
+def overrides_of(folder: Path) -> list[str]:
+    """Return the settings that a run was started with, from Hydra's list of strings; empty if there is none."""
     try:
         text = read_text(folder / ".hydra" / "overrides.yaml", folder, _OVERRIDES)
     except UserError:

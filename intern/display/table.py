@@ -24,6 +24,28 @@ class Column:
     form: str
 
 
+def fitted(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], leaving: Sequence[str], texts: int = 1
+) -> tuple[list[str], list[list[str]], int, list[str]]:
+    """Return the table without the columns that a terminal has no room for: headings, rows, how many are text, and what was left out.
+
+    Args:
+        columns, rows, texts: as for `show`; outside of a terminal nothing is left out.
+        leaving: headings of the columns that may go, the least telling one first.
+    """
+    console, headings, kept, gone = Console(), list(columns), [list(row) for row in rows], []
+    for heading in leaving if console.is_terminal else ():
+        if least_width(headings, kept, texts) <= console.width:
+            break
+        index = headings.index(heading)
+        texts -= int(index < texts)
+        gone.append(heading)
+        del headings[index]
+        for row in kept:
+            del row[index]
+    return headings, kept, texts, gone
+
+
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
     """Print the table.
 

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from intern.comparison.groups import given_paths
-from intern.display.table import show
+from intern.display.table import fitted, show
 from intern.display.text import visible
 from intern.errors import RunError, UserError
 from intern.evaluation.bootstrap import FEW, FEW_MARK
 from intern.listing.run_list import (
     HEADINGS,
+    LEAVING,
     TEXTS,
     ListedRun,
     in_order,
@@ -52,12 +53,26 @@ def chosen_runs(
     return [replace(one, name=f"{one.name} ({one.folder})") if counts[one.name] > 1 else one for one in found]
 
 
-def show_list(runs: Sequence[ListedRun]) -> None:
-    """Print a table of runs, and what they take together."""
+def _no_runs(is_filtered: bool) -> str:
+    if is_filtered:
+        return "No run is like that. All runs below outputs/ and multirun/: python -m intern.runs"
+    return "No runs below outputs/ or multirun/ in this folder; runs elsewhere: runs=FOLDER. To train one: python -m intern.train"
+
+
+def show_list(runs: Sequence[ListedRun], is_filtered: bool) -> None:
+    """Print a table of runs, and what they take together.
+
+    Args:
+        runs: those to show.
+        is_filtered: whether there may be others, for the message that there is none.
+    """
     if not runs:
-        sys.stdout.write("No run is like that. Without filters: python -m intern.runs\n")
+        sys.stdout.write(f"{_no_runs(is_filtered)}\n")
         return
-    show(HEADINGS, [one.cells() for one in runs], texts=TEXTS)
+    headings, rows, texts, gone = fitted(HEADINGS, [one.cells() for one in runs], LEAVING, TEXTS)
+    show(headings, rows, texts)
+    if gone:
+        sys.stdout.write(f"\nLeft out at this width: {', '.join(gone)}.")
     counts = Counter(one.state for one in runs)
     named = ", ".join(f"{counts[state]} {state}" for state in State if counts[state])
     sys.stdout.write(f"\n{named}; {in_words(sum(one.size for one in runs))}\n")

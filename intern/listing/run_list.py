@@ -21,6 +21,7 @@ from intern.units import in_words
 
 HEADINGS = ("run", "state", "last written", "model", "data", "rank", "score", "size")
 TEXTS = 5  # columns of text
+LEAVING = ("size", "data", "model", "rank", "last written")  # columns that go first where the table does not fit
 SORTS = ("date", "name", "state", "model", "data", "rank", "score", "size")
 
 

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from intern.comparison.reader import overrides_of
 from intern.errors import UserError
 from intern.evaluation.metrics import METRICS
 from intern.listing.run_list import ListedRun, date, mapping, number, read_json_or_empty
@@ -38,7 +39,7 @@ def story(one: ListedRun, config: dict[str, Any], environment: dict[str, Any], m
         yield from _what(config)
     else:
         yield "configuration", "config.yaml is missing or cannot be read"
-    yield from _where(environment)
+    yield from _where(run, environment)
     yield from _how(run, metrics)
     yield from _result(one, metrics)
     yield from _evaluations(run)
@@ -81,7 +82,7 @@ def _quantization(quant: dict[str, Any]) -> str:
     return "int8" if quant.get("load_in_8bit") else "not quantized"
 
 
-def _where(environment: dict[str, Any]) -> Lines:
+def _where(run: Run, environment: dict[str, Any]) -> Lines:
     gpu, git, packages = (mapping(environment.get(key)) for key in ("gpu", "git", "packages"))
     versions = [f"{name} {packages[name]}" for name in ("torch", "transformers", "peft") if name in packages]
     machine = f"{gpu.get('name')} ({gpu.get('memory_gib')} GiB)" if gpu else "CPU"
@@ -90,8 +91,13 @@ def _where(environment: dict[str, Any]) -> Lines:
     if git:
         yield "code", f"commit {str(git.get('commit'))[:12]}{' with changes' if git.get('changed') else ''}"
     command = environment.get("command")
-    if isinstance(command, list):
-        yield "overrides", shlex.join(str(word) for word in command[1:]) or "none"
+    words = [str(word) for word in command[1:]] if isinstance(command, list) else []
+    is_resumed = any(word.startswith("resume=") for word in words)
+    started = overrides_of(run.path) if is_resumed else words
+    if environment:
+        yield "overrides", shlex.join(started) or "none"
+    if is_resumed:
+        yield "resumed with", shlex.join(word for word in words if not word.startswith("hydra.run.dir="))
 
 
 def _how(run: Run, metrics: dict[str, Any]) -> Lines:

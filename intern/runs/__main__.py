@@ -30,7 +30,8 @@ def main(cfg: DictConfig) -> None:
         if cfg.remove is not None or cfg.keep_best is not None:
             remove_some(chosen, cfg.remove, cfg.keep_best, cfg.yes)
         else:
-            show_list(chosen)
+            is_filtered = any(cfg[key] is not None for key in ("runs", "state", "match"))
+            show_list(chosen, is_filtered)
 
 
 def _states(given: object) -> list[str]:
