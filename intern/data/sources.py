@@ -1,5 +1,6 @@
 """What data.train_file and data.eval_file name -> one dataset of checked rows: files, globs, folders, datasets of the hub, mixtures."""
 
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -14,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets.data_files import get_data_patterns, resolve_pattern
 
 from intern.data.files import FORM, ROW, DataFile, quiet, read_file, writing_the_cache
 from intern.data.formats import Layout, conversation_row, detect
@@ -22,6 +24,8 @@ from intern.errors import UserError
 from intern.paths import PROJECT, find
 
 _BATCH = 1_000  # rows hashed at a time
+_SAVED = ("dataset_dict.json", "state.json")  # in a folder that `datasets` has saved
+_TABLE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.(gz|gzip|zst|zstd))?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def read_sources(sources: Sequence[Source], data: DataConfig, training: bool) ->
     found: list[str] = []
     entries: dict[int, list[Dataset]] = {}
     first = 0
-    for source in sources:
+    for source in _unfolded(sources, data, split):
         if source.file is not None:
             file = source.file
             rows, description = read_file(file, data.rows, first)
@@ -168,7 +172,50 @@ def _matches(pattern: str) -> list[Path]:
     return [base / one for one in found if (base / one).is_file()]
 
 
-# --- Folders and datasets of the hub, by `datasets` ---
+# --- Folders of tables ---
+
+
+def _unfolded(sources: Sequence[Source], data: DataConfig, split: str) -> Iterator[Source]:
+    """Yield the sources with the files of a folder of tables in its place: our reader knows more forms and names the row of a fault."""
+    for source in sources:
+        is_folder = source.file is None and not source.name.startswith(HUB)
+        files = _tables(Path(source.name), data, split) if is_folder else []
+        for file in files:
+            yield Source(str(file), DataFile.find(str(file), "data.train_file"), source.entry)
+        if not files:
+            yield source
+
+
+def _tables(folder: Path, data: DataConfig, split: str) -> list[Path]:
+    """Return the files of a split, told by their names as `datasets` does; empty if the folder is for its own reader.
+
+    Raises:
+        UserError: the folder's files belong to other splits.
+    """
+    card = folder / "README.md"
+    has_configs = card.is_file() and card.read_bytes().startswith(b"---")
+    if data.subset is not None or data.streaming or has_configs or any((folder / name).is_file() for name in _SAVED):
+        return []
+    try:
+        patterns = get_data_patterns(str(folder))
+    except (FileNotFoundError, OSError):  # no file that could hold data: the library's reader says so
+        return []
+    names_no_split = list(patterns.values()) == [["**"]]
+    if not names_no_split and split not in patterns:
+        raise UserError(
+            f"{folder}: has no file of the split {split}, but of {', '.join(patterns)}: set data.split or data.eval_split"
+        )
+    chosen = next(iter(patterns.values())) if names_no_split else patterns[split]
+    matched: set[Path] = set()
+    for pattern in chosen:
+        with contextlib.suppress(FileNotFoundError):  # of a split's patterns, only one need match
+            matched.update(map(Path, resolve_pattern(pattern, str(folder))))
+    found = sorted(matched)
+    tables = [path for path in found if _TABLE.search(path.name)]
+    return tables if len(tables) == len(found) else []
+
+
+# --- Folders that `datasets` has saved, and datasets of the hub ---
 
 
 def _read_dataset(name: str, data: DataConfig, split: str, first: int) -> tuple[DataFile, Dataset, str]:
@@ -208,7 +255,7 @@ def _load(name: str, data: DataConfig, split: str) -> Dataset:
     path = name.removeprefix(HUB)
     with quiet(not name.startswith(HUB)):
         try:
-            if (Path(path) / "dataset_dict.json").is_file() or (Path(path) / "state.json").is_file():
+            if any((Path(path) / one).is_file() for one in _SAVED):
                 saved = load_from_disk(path)
                 if isinstance(saved, DatasetDict):
                     if split not in saved:

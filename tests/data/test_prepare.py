@@ -51,6 +51,14 @@ def test_ones_own_file_gets_nothing_of_the_sample(rows_file, monkeypatch, tmp_pa
     assert (configured().data.system_prompt, configured().golden) == ("", [])
 
 
+def test_the_context_mode_of_an_experiment_is_the_samples_and_not_that_of_ones_own_file(rows_file):
+    assert configured().data.context == "never"
+    assert configured("experiment=tiny_cpu").data.context == "mixed"
+    own = f"data.train_file={rows_file(qa(1))}"  # has no context, as most people's rows
+    assert configured("experiment=tiny_cpu", own).data.context == "never"
+    assert configured("experiment=tiny_cpu", own, "data.context=always").data.context == "always"
+
+
 def test_what_is_given_is_taken_with_ones_own_file_and_with_the_sample(rows_file):
     path, golden = rows_file(qa(1)), rows_file(qa(2), name="golden.jsonl")
     found = configured(f"data.train_file={path}", f"data.eval_file={golden}", "data.system_prompt=Hi.")
@@ -61,7 +69,8 @@ def test_what_is_given_is_taken_with_ones_own_file_and_with_the_sample(rows_file
 
 def test_a_run_stores_explicit_values_that_mean_the_same_later(rows_file, prepared):
     done = prepared(rows_file(qa(1)), system_prompt="auto")
-    assert done.values == {"train_file": str(done.train.files[0].path), "eval_file": None, "system_prompt": ""}
+    where = str(done.train.files[0].path)
+    assert done.values == {"train_file": where, "eval_file": None, "context": "never", "system_prompt": ""}
     stored = with_defaults(
         {"train_file": "a", "eval_file": None, "context": "never", "num_proc": None, "system_prompt": ""}
     )
@@ -165,7 +174,9 @@ def test_streaming_takes_the_first_rows_only(tmp_path, prepared):
     assert list(done.train.rows["answer"]) == list("0123456")
     with pytest.raises(UserError, match="data.streaming=true needs data.max_rows"):
         prepared(folder, streaming=True)
-    with pytest.raises(UserError, match="cannot be loaded .*Unknown split.*data.split=nope"):
+    with pytest.raises(UserError, match="cannot be loaded .*Bad split: nope.*data.split=nope"):
+        prepared(folder, split="nope", streaming=True, max_rows=7)
+    with pytest.raises(UserError, match="has no file of the split nope, but of train: set data.split"):
         prepared(folder, split="nope")
 
 
@@ -173,8 +184,26 @@ def test_a_bad_row_of_a_dataset_is_named(tmp_path, prepared):
     folder = tmp_path / "own"
     folder.mkdir()
     datasets.Dataset.from_list([qa(1), qa(2) | {"answer": " "}]).to_parquet(folder / "train.parquet")
-    with pytest.raises(UserError, match=f"{folder}: row 2: field 'answer' is empty"):
+    with pytest.raises(UserError, match="train.parquet: row 2: field 'answer' is empty"):
         prepared(folder)
+    with pytest.raises(UserError, match=f"{folder}: row 2: field 'answer' is empty"):
+        prepared(folder, streaming=True, max_rows=2)
+
+
+def test_a_folder_of_tables_is_read_like_its_files(tmp_path, prepared):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "a.csv").write_text("question;answer\nHow much?;18\n", encoding="utf-8")
+    (folder / "b.jsonl").write_text(json.dumps(qa(2)) + "\n")
+    done = prepared(folder, eval_file=str(folder))
+    assert (
+        list(done.train.rows["answer"]) == ["18", "2"] and done.train.name == "2 files" and len(done.golden.rows) == 2
+    )
+    (folder / "test.csv").write_text("question;answer\nGolden?;yes\n", encoding="utf-8")
+    for name in ("a.csv", "b.jsonl"):
+        (folder / name).rename(folder / f"train-{name}")
+    done = prepared(folder, eval_file=str(folder))
+    assert len(done.train.rows) == 2 and list(done.golden.rows["answer"]) == ["yes"]
 
 
 # --- held-out rows ---
