@@ -23,11 +23,13 @@ from intern.errors import UserError
 LONGEST_ROW = 2**24  # bytes: far more than any model's positions
 _LONGEST_ARRAY = 2**30  # bytes of a JSON array, which is read as a whole
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_JSON_NAMES = {".jsonl", ".ndjson", ".json", ""}
 _COMPRESSED_NAMES = {".gz", ".gzip", ".zst", ".zstd"}
 _WIDE = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}  # fmt: skip
 _PARQUET = b"PAR1"
 _FOREIGN = {
-    b"PK\x03\x04": "a ZIP archive or an Excel workbook: export it as CSV",
+    b"%PDF": "a PDF document: write its questions and answers into a table such as rows.csv",
+    b"PK\x03\x04": "a ZIP archive, or a document of Excel or Word: export the table as CSV",
     b"\xd0\xcf\x11\xe0": "an Excel workbook: export it as CSV",
     b"ARROW1": "an Arrow file: give the folder that it is in, or export it as Parquet",
     b"SQLite": "an SQLite database: export the table as CSV",
@@ -92,6 +94,12 @@ def _reader(path: Path, file: io.BufferedReader, compression: str | None) -> Cal
         raise UserError(f"{path}: no Parquet file in spite of its name: it is damaged or incomplete")
     if suffix in (".csv", ".tsv", ".tab"):
         return _csv
+    content = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    if suffix not in _JSON_NAMES and content and not content.startswith(b"{"):
+        raise UserError(
+            f"{path}: not a table of rows: data files are JSON Lines, JSON, CSV, TSV and Parquet, also compressed (.gz, .zst), with names "
+            "that say so, such as rows.csv"
+        )
     is_array = suffix == ".json" and start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     return _json_array if is_array else _json_lines
 

@@ -203,7 +203,7 @@ def _tables(folder: Path, data: DataConfig, split: str) -> list[Path]:
     names_no_split = list(patterns.values()) == [["**"]]
     if not names_no_split and split not in patterns:
         raise UserError(
-            f"{folder}: has no file of the split {split}, but of {', '.join(patterns)}: set data.split or data.eval_split"
+            f"{folder}: has no file of the split {split}, but of {', '.join(map(str, patterns))}: set data.split or data.eval_split"
         )
     chosen = next(iter(patterns.values())) if names_no_split else patterns[split]
     matched: set[Path] = set()

@@ -70,7 +70,7 @@ def build_view(evaluation: Evaluation) -> dict[str, Any]:
         "groups": [
             {
                 "label": group.label,
-                "seen": f"{group.seen_chunks} of {group.rows} rows are on chunks that training saw.",
+                "seen": _seen_chunks(group, " rows are on chunks that training saw"),
                 "lines": [line(name, group) for name in METRICS if name in known],
             }
             for group in evaluation.groups
@@ -80,7 +80,7 @@ def build_view(evaluation: Evaluation) -> dict[str, Any]:
         "topics": [
             {
                 "label": group.label,
-                "seen": f"{group.seen_chunks} of {group.rows}",
+                "seen": _seen_chunks(group),
                 "lines": [line(name, group) for name in topics],
             }
             for group in evaluation.groups
@@ -127,6 +127,15 @@ def line(name: str, group: Group) -> Line:
         difference=difference,
         verdict=_verdict(score, metric.higher_is_better) if group.counted[name] >= FEW else "too few",
     )
+
+
+def _seen_chunks(group: Group, what: str = "") -> str:
+    """Return how many rows are on chunks that training saw, as far as it is known."""
+    known = group.rows - group.unknown_chunks
+    if not known:
+        return "The rows name no chunk, so it is unknown which of them training saw." if what else "unknown"
+    unknown = f"; of {group.unknown_chunks} it is unknown" if group.unknown_chunks else ""
+    return f"{group.seen_chunks} of {known}{what}{unknown}{'.' if what else ''}"
 
 
 def _seen_by_training(evaluation: Evaluation) -> str:

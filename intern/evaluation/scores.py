@@ -57,6 +57,7 @@ class Group:
     rows: int
     trained_rows: int
     seen_chunks: int
+    unknown_chunks: int  # rows of which nothing says whether training saw their chunk
     scores: dict[str, PairedScore]  # by metric
     counted: dict[str, int]  # rows that each metric is computed from
 
@@ -146,6 +147,7 @@ def _score_group(name: str, kind: str, rows: list[Row], seed: int, resamples: in
         rows=len(rows),
         trained_rows=sum(bool(row.trained) for row in rows),
         seen_chunks=sum(bool(row.seen) for row in rows),
+        unknown_chunks=sum(row.seen is None for row in rows),
         scores=scores,
         counted=counted,
     )

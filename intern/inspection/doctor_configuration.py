@@ -67,7 +67,9 @@ def check_golden_rows(pieces: DoctorPieces) -> Check:
     if data.eval_share:
         return Check("golden rows", GREEN, f"held out: {data.eval_share:.0%} of the training rows, by document")
     if not data.eval_files:
-        return Check("golden rows", AMBER, "none: nothing will measure the adapter", "set data.eval_file")
+        return Check(
+            "golden rows", AMBER, "none: nothing will measure the adapter", "set data.eval_file, or data.eval_share=0.1"
+        )
     return _rows("golden rows", pieces, scoring=True)
 
 

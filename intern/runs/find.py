@@ -1,5 +1,6 @@
 """run_dir= or resume= -> the run that is meant: a path, a name, "latest", "best", or the best job of a sweep."""
 
+import difflib
 import logging
 import os
 import shlex
@@ -68,7 +69,13 @@ def resolve_all(run_dir: str | Path | None, root: Path | None = None) -> list[Ru
     path = path if path.is_absolute() else root / path
     named = [] if path.is_dir() else _named(str(run_dir), root)
     if not path.is_dir() and not named:
-        raise UserError(f"run_dir={run_dir}: no such folder, and no run below outputs/ or multirun/ has this name")
+        if path.is_file():
+            raise UserError(f"run_dir={run_dir}: is a file; unpack a packed run and give the folder that was in it")
+        near = difflib.get_close_matches(str(run_dir), _names(root), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"run_dir={run_dir}: no such folder, and no run below outputs/ or multirun/ has this name{hint}"
+        )
     if len(named) > 1 and (finished := [run for run in named if run.finished]):
         return finished
     run = named[0] if named else Run(path.resolve())
@@ -155,6 +162,13 @@ def runs_called(name: str, root: Path | None = None) -> list[Run]:
     names = [(given_name(run), run) for run in (Run(folder.resolve()) for folder in folders)]
     found = [run for given, run in names if given == name]
     return found or [run for given, run in names if given and given.startswith(f"{name}/")]
+
+
+def _names(root: Path) -> list[str]:
+    """Return the names of all runs, and those of sweeps."""
+    folders = [folder for place in RUN_ROOTS for folder in _folders_with(root / place, "config.yaml")]
+    given = [name for folder in folders if (name := given_name(Run(folder)))]
+    return sorted({one for name in given for one in (name, name.rpartition("/")[0]) if one})
 
 
 def _named(name: str, root: Path) -> list[Run]:

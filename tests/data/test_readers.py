@@ -83,7 +83,10 @@ BROKEN = {
     "half.parquet": (parquet()[:-9], ": cannot be read ("),
     "empty.parquet": (b"", ": no Parquet file in spite of its name"),
     "inside.parquet.gz": (gzip.compress(parquet()), ": Parquet inside gzip: unpack it"),
-    "book.xlsx": (b"PK\x03\x04" + bytes(30), ": is a ZIP archive or an Excel workbook: export it as CSV"),
+    "book.xlsx": (b"PK\x03\x04" + bytes(30), ": is a ZIP archive, or a document of Excel or Word: export the table as CSV"),
+    "notes.md": (b"# Notes\n\nHow much? 18.\n", "notes.md: not a table of rows: data files are JSON Lines, JSON, CSV, TSV and Parquet"),
+    "rows.txt": (b"question,answer\nHow much?,18\n", "rows.txt: not a table of rows: .* such as rows.csv"),
+    "report.pdf": (b"%PDF-1.7\n", ": is a PDF document"),
     "data.arrow": (b"ARROW1\x00\x00", ": is an Arrow file"),
     "long.jsonl": (b'{"question": "' + b"a" * 2**24 + b'"}', ":1: longer than 16 MiB"),
 }  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 from intern.evaluation.bootstrap import Estimate, PairedScore
 from intern.evaluation.predictions import Prediction
-from intern.evaluation.report_view import line
+from intern.evaluation.report_view import _seen_chunks, line
 from intern.evaluation.scores import Group, Row, score_groups, score_rows
 
 
@@ -71,16 +71,30 @@ def test_a_difference_is_better_or_worse_only_with_enough_rows_and_an_interval_w
 ):
     one = Estimate(1.0, 0.9, 1.1)
     score = PairedScore(one, one, Estimate((low + high) / 2, low, high))
-    group = Group("all", "all", rows, 0, 0, {metric: score}, {metric: rows})
+    group = Group("all", "all", rows, 0, 0, 0, {metric: score}, {metric: rows})
     assert line(metric, group).verdict == verdict
 
 
 def test_a_difference_of_shares_is_in_percentage_points():
     share = PairedScore(Estimate(0.2, 0.1, 0.3), Estimate(0.5, 0.4, 0.6), Estimate(0.3, 0.2, 0.4))
-    shown = line("numbers_right", Group("all", "all", 40, 0, 0, {"numbers_right": share}, {"numbers_right": 40}))
+    shown = line("numbers_right", Group("all", "all", 40, 0, 0, 0, {"numbers_right": share}, {"numbers_right": 40}))
     assert shown.before == "20.0% [10.0%, 30.0%]" and shown.difference == "+30.0 points [+20.0, +40.0]"
     unknown = replace(share, difference=Estimate(None, None, None))
     assert (
-        line("numbers_right", Group("a", "all", 40, 0, 0, {"numbers_right": unknown}, {"numbers_right": 40})).difference
+        line(
+            "numbers_right", Group("a", "all", 40, 0, 0, 0, {"numbers_right": unknown}, {"numbers_right": 40})
+        ).difference
         == "–"
     )
+
+
+def test_rows_without_chunks_are_not_counted_as_never_seen():
+    def said(seen, unknown, what=" rows are on chunks that training saw"):
+        return _seen_chunks(Group("all", "all", 8, 0, seen, unknown, {}, {}), what)
+
+    assert (
+        said(0, 8) == "The rows name no chunk, so it is unknown which of them training saw."
+        and said(0, 8, "") == "unknown"
+    )
+    assert said(3, 0) == "3 of 8 rows are on chunks that training saw." and said(3, 0, "") == "3 of 8"
+    assert said(3, 2) == "3 of 6 rows are on chunks that training saw; of 2 it is unknown."

@@ -106,6 +106,20 @@ def test_runs_without_golden_rows_are_ranked_by_their_training_loss(tmp_path):
         resolve("best", tmp_path)
 
 
+def test_a_mistyped_name_and_a_packed_run_say_what_to_give(tmp_path):
+    for place in ("outputs/a", "multirun/b/0"):
+        (tmp_path / place).mkdir(parents=True)
+        name = "first try" if place == "outputs/a" else "ranks/0"
+        Run(tmp_path / place).write_config(OmegaConf.create({"name": name}))
+    with pytest.raises(UserError, match=r"has this name; did you mean first try\?"):
+        resolve("frist try", tmp_path)
+    with pytest.raises(UserError, match=r"did you mean ranks\?"):
+        resolve("rank", tmp_path)
+    (tmp_path / "run.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="is a file; unpack a packed run and give the folder that was in it"):
+        resolve("run.zip", tmp_path)
+
+
 def test_a_run_that_is_not_finished_says_what_to_do_about_it(tmp_path):
     run = Run(tmp_path / "run")
     run.path.mkdir()
