@@ -24,7 +24,7 @@ from intern.runs.untrusted import json_object, read_text, yaml_mapping
 _LARGEST = 1e15  # nothing that training measures is larger
 _MOST_KEYS = 1_000  # of a configuration; a run has about 100
 _OVERRIDES = 65_536  # bytes
-_OF_A_NAME = ("name", "notes")  # keys that change nothing in what is trained
+_UNTRAINED = ("name", "notes", "logger")  # keys and groups that change nothing in what is trained
 _DERIVED_SCALE = "lora.scale"
 Bounds = tuple[float | None, float | None]
 
@@ -158,7 +158,7 @@ def _measured(group: dict[str, Any], key: str, metric: Metric) -> tuple[float, B
 
 def _config(nested: dict[str, Any]) -> dict[str, str]:
     """Return every key but those that say what a run is called as text, with the effective lora_alpha and the scale of the update."""
-    config = dict(_flat({key: value for key, value in nested.items() if key not in _OF_A_NAME}, ""))
+    config = dict(_flat({key: value for key, value in nested.items() if key not in _UNTRAINED}, ""))
     if len(config) > _MOST_KEYS:
         raise UserError(f"config.yaml has {len(config):,} keys: not a configuration that training writes")
     rank, alpha = (as_number(config.get(key)) for key in ("lora.r", "lora.lora_alpha"))

@@ -4,6 +4,8 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
+from intern.display.progress import hidden_bars
+
 COLUMN = "turn"  # 1, 2, ... in a conversation; 0 for a row of one question and answer
 
 
@@ -18,7 +20,8 @@ def each_answer(golden: Dataset, loss_on: str) -> Dataset:
         The rows with the column `turn`. The context stays with the last question, which it belongs to.
     """
     if loss_on == "last" or not any(golden["history"]):
-        return golden.add_column(COLUMN, [0] * len(golden))
+        with hidden_bars(True):  # rows that were held out are copied first
+            return golden.add_column(COLUMN, [0] * len(golden))
     rows: list[dict[str, Any]] = []
     for row in golden:
         history = row["history"] or []

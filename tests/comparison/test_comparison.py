@@ -104,7 +104,8 @@ def test_a_run_is_called_by_its_name_and_two_of_one_name_are_told_apart(sweep):
     made(sweep / "4", 0.99, name="try", notes="another reason")
     runs = read_runs([str(sweep)], "score", None)
     assert [one.name for one in runs.finished][3:] == ["try (3)", "try (4)"]
-    assert not {"name", "notes"} & set(shown_keys(runs))
+    made(sweep / "5", 0.99, logger={"entity": "team"})
+    assert not {"name", "notes", "logger.entity"} & set(shown_keys(read_runs([str(sweep)], "score", None)))
 
 
 def test_golden_and_training_losses_on_the_same_file_are_not_ranked_together(tmp_path):
@@ -174,11 +175,11 @@ def test_scores_of_different_rows_are_drawn_apart_and_pictures_of_an_earlier_sta
 
 
 def test_a_mapping_is_one_value_and_not_columns_of_its_own(tmp_path):
-    made(tmp_path / "a", 0.5, **{"logger": {"extra": {"api_key": "secret", "x": 1}}})
+    made(tmp_path / "a", 0.5, **{"quant": {"extra": {"api_key": "secret", "x": 1}}})
     made(tmp_path / "b", 0.6, **{"lora": {"rank_pattern": {"q_proj": 4, "v_proj": 8}}})
     runs = read_runs([str(tmp_path)], "score", None)
     assert [one.config.get("lora.rank_pattern") for one in runs.finished] == [None, "q_proj: 4, v_proj: 8"]
-    assert runs.finished[0].config["logger.extra"] == f"api_key: {MASK}, x: 1"
+    assert runs.finished[0].config["quant.extra"] == f"api_key: {MASK}, x: 1"
 
 
 def test_runs_and_sweeps_are_found_by_their_names(tmp_path, monkeypatch):
