@@ -12,11 +12,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 GREY, BLUE, ORANGE = "#8b95a1", "#1f6feb", "#d97706"
+_NARROW = 3.6  # inches: what a telephone shows without making letters smaller
 _MOST_LINES = 8  # whose colors can be told apart
 Point = tuple[float, float | None, float | None]  # a score and its interval's bounds
 
 
-def plot_loss(history: list[dict[str, Any]], target: Path, best_step: int | None = None) -> None:
+def plot_loss(
+    history: list[dict[str, Any]],
+    target: Path,
+    best_step: int | None = None,
+    base_loss: float | None = None,
+    title: str = "",
+) -> None:
     """Draw the training loss and, if measured during training, the golden rows' loss against optimizer steps (nats per token).
 
     The token F1 of answers, if measured, has its scale on the right; a vertical line marks the step whose weights were kept.
@@ -25,29 +32,38 @@ def plot_loss(history: list[dict[str, Any]], target: Path, best_step: int | None
         history: the lines of history.jsonl.
         target: the PNG file.
         best_step: the step whose weights were kept; None for the last one.
+        base_loss: the base's loss on the golden rows, drawn as a line; None if it was not measured.
+        title: the run's name.
     """
     figure, axes = _figure(7, 4)
-    for name, label, style in (("loss", "training rows", "-"), ("eval_loss", "golden rows", "o-")):
+    for name, label, style, color in (
+        ("loss", "training rows", "-", BLUE),
+        ("eval_loss", "golden rows", "o--", ORANGE),
+    ):
         points = [(entry["optimizer_steps"], entry[name]) for entry in history if isinstance(entry.get(name), float)]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=label)
+            axes.plot(*zip(*points, strict=True), style, label=label, color=color)
+    if base_loss is not None:
+        axes.axhline(base_loss, color=GREY, linestyle="-.", label=f"the base on golden rows: {base_loss:.3f}")
     handles, answers = list(axes.lines), [entry for entry in history if "eval_f1" in entry]
     if answers:
         right = axes.twinx()
         steps, scores = [entry["optimizer_steps"] for entry in answers], [entry["eval_f1"] for entry in answers]
-        handles += right.plot(steps, scores, "s--", color="tab:green", label="golden answers, token F1")
+        handles += right.plot(steps, scores, "s:", color="tab:green", label="golden answers, token F1")
         right.set_ylabel("token F1")
         right.set_ylim(bottom=0)
         right.spines["top"].set_visible(False)
     best = next((entry for entry in history if entry["step"] == best_step), None)
     if best is not None:
         label = f"kept: step {best_step}"
-        handles.append(axes.axvline(best["optimizer_steps"], color="0.4", linestyle=":", label=label))
+        handles.append(axes.axvline(best["optimizer_steps"], color="0.4", linestyle=(0, (1, 3)), label=label))
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("loss on answers (nats per token)")
     axes.set_ylim(bottom=0)
-    if handles:
-        axes.legend(handles=handles, frameon=False)
+    if title:
+        axes.set_title(labels([title], 60)[0], fontsize=10, loc="left")
+    if handles:  # below the axes: no curve runs through it
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     _save(figure, target)
 
 
@@ -100,7 +116,11 @@ def plot_lengths(histogram: np.ndarray, max_length: int, target: Path) -> None:
 
 
 def plot_scores(
-    panels: dict[str, dict[str, list[Point | None]]], groups: list[str], percent: list[str], target: Path
+    panels: dict[str, dict[str, list[Point | None]]],
+    groups: list[str],
+    percent: list[str],
+    target: Path,
+    narrow: bool = False,
 ) -> None:
     """Draw one panel per score: for each group of rows a point with its 95 % confidence interval per model.
 
@@ -109,17 +129,22 @@ def plot_scores(
         groups: the names of the groups of rows.
         percent: scores that are fractions.
         target: the PNG file.
+        narrow: one panel below the other, for a telephone.
     """
-    figure = Figure(figsize=(2.2 + 2.3 * len(panels), 1.3 + 0.55 * len(groups)), dpi=144, layout="constrained")
+    count, height = len(panels), 0.55 * len(groups)
+    size = (_NARROW, 0.7 + (0.6 + height) * count) if narrow else (2.2 + 2.3 * count, 1.3 + height)
+    figure = Figure(figsize=size, dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
-    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    row = figure.subplots(count if narrow else 1, 1 if narrow else count, sharey=True, squeeze=False).flat
     for axes, (score, models) in zip(row, panels.items(), strict=True):
         _tidy(axes)
         axes.grid(visible=False, axis="y")
-        for offset, color, (model, points) in zip((-0.14, 0.14), (GREY, BLUE), models.items(), strict=True):
+        kinds = ((-0.14, GREY, "s"), (0.14, BLUE, "o"))
+        for (offset, color, marker), (model, points) in zip(kinds, models.items(), strict=True):
             for index, point in enumerate(points):
                 if point is not None:
-                    _with_interval(axes, point, index + offset, color, model if index == 0 else None)
+                    label = model if index == 0 else None
+                    _with_interval(axes, point, index + offset, color, label, marker)
         axes.set_title(score, fontsize=10)
         axes.set_xlim(left=0)
         if score in percent:
@@ -159,9 +184,9 @@ def plot_rows(kinds: dict[str, list[tuple[float, float]]], names: tuple[str, str
     _save(figure, target)
 
 
-def plot_changes(changes: list[tuple[str, Point]], what: str, target: Path) -> None:
-    """Draw the change of each topic with its 95 % confidence interval, the largest decrease first."""
-    figure, axes = _figure(7.4, 1.1 + 0.21 * len(changes))
+def plot_changes(changes: list[tuple[str, Point]], what: str, target: Path, narrow: bool = False) -> None:
+    """Draw the change of each topic with its 95 % confidence interval, the largest decrease first; narrow: for a telephone."""
+    figure, axes = _figure(_NARROW if narrow else 7.4, 1.1 + 0.21 * len(changes))
     for index, (_, point) in enumerate(changes):
         _with_interval(axes, point, index, BLUE, None)
     axes.axvline(0, color="#444", linewidth=0.8)
@@ -230,11 +255,11 @@ def plot_points(
     _save(figure, target)
 
 
-def _with_interval(axes: Axes, point: Point, height: float, color: str, label: str | None) -> None:
+def _with_interval(axes: Axes, point: Point, height: float, color: str, label: str | None, marker: str = "o") -> None:
     value, low, high = point
     if low is not None and high is not None:
         axes.plot([low, high], [height, height], color=color, linewidth=1.8, solid_capstyle="butt")
-    axes.plot(value, height, "o", color=color, markersize=5.5, label=label, clip_on=False)
+    axes.plot(value, height, marker, color=color, markersize=5.5, label=label, clip_on=False)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -11,7 +11,7 @@ from intern.display.table import markdown
 from intern.display.text import in_lines, markdown_text
 from intern.evaluation.bootstrap import FEW_MARK
 from intern.evaluation.evaluate import Evaluation
-from intern.evaluation.report_plots import draw_plots
+from intern.evaluation.report_plots import NARROW, draw_plots
 from intern.evaluation.report_view import build_view
 from intern.runs.files import write_text
 
@@ -67,7 +67,7 @@ def _markdown(view: dict[str, Any], plots: list[Path]) -> str:
         ]
         parts.append(f"## {group['label']}\n\n{group['seen']}\n\n{markdown(columns, lines)}")
     parts.append("Brackets hold 95 % intervals (bootstrap over chunks; the difference is paired).\n")
-    parts += [f"![{path.stem}]({path.name})\n" for path in plots]
+    parts += [f"![{path.stem}]({path.name})\n" for path in plots if not path.stem.endswith(NARROW)]
     if view["topics"]:
         parts.append("## By topic\n\n" + _topics(view))
     for name in ("worst", "best"):

@@ -55,6 +55,7 @@ def build_view(evaluation: Evaluation) -> dict[str, Any]:
     ranked = sorted(evaluation.rows, key=lambda row: (row.after.values[MAIN_METRIC] or 0.0, -(row.after.loss or 0.0)))
     shown = min(_SHOWN_ROWS, len(ranked) // 2)
     topics = metrics_at(Place.TOPICS)
+    refuses = any(row.unanswerable or row.before.answer.refused or row.after.answer.refused for row in evaluation.rows)
     return {
         "title": f"{after.name} against {before.name}" if before.run != after.run else "Adapter against base",
         "names": (before.name, after.name),
@@ -66,7 +67,11 @@ def build_view(evaluation: Evaluation) -> dict[str, Any]:
         "contexts": [
             (side.name, "with chunk_text" if side.with_context else "closed book") for side in evaluation.sides
         ],
-        "headlines": [line(name, everything) for name in metrics_at(Place.CARD) if name in known],
+        "headlines": [
+            line(name, everything)
+            for name in metrics_at(Place.CARD)
+            if name in known and (refuses or "refused" not in name)
+        ],
         "groups": [
             {
                 "label": group.label,
@@ -143,7 +148,8 @@ def _seen_by_training(evaluation: Evaluation) -> str:
     if all(row is None for row in evaluation.overlap.rows):
         return evaluation.overlap.told_by
     rows, chunks = sum(map(bool, evaluation.overlap.rows)), sum(map(bool, evaluation.overlap.chunks))
-    return f"{evaluation.overlap.told_by} {rows} of {len(evaluation.rows)} golden rows are training rows, {chunks} are on its chunks."
+    on = f", {chunks} are on its chunks" if any(chunk is not None for chunk in evaluation.overlap.chunks) else ""
+    return f"{evaluation.overlap.told_by} {rows} of {len(evaluation.rows)} golden rows are training rows{on}."
 
 
 def _with_bounds(estimate: Estimate, form: str, unit: str = "") -> str:

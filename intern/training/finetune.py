@@ -25,6 +25,7 @@ from intern.runs.environment import describe, peak_memory
 from intern.runs.failures import explain_disk_errors
 from intern.runs.files import remove_file, rename
 from intern.runs.lock import lock
+from intern.runs.names import given_name
 from intern.training.callbacks import build_callbacks
 from intern.training.golden_answers import answer_golden_questions, score_answers
 from intern.training.golden_loss import score_golden_rows
@@ -99,11 +100,22 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None, begin: Callabl
         from intern.display.plot import plot_loss  # matplotlib takes 0.3 s to import: not before the first step
 
         with run.new_file(run.loss_plot) as file:
-            plot_loss(run.read_history(), file, metrics["best_step"])
+            title = given_name(run) or "/".join(run.path.parts[-2:])
+            plot_loss(_measured(run, metrics), file, metrics["best_step"], metrics.get("base_eval_loss"), title)
         metrics |= peak_memory()
         run.write_json(run.metrics, metrics)
     tell_outcome(run, plan, metrics, is_job=sweep is not None)
     return run.score()
+
+
+def _measured(run: Run, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of history.jsonl, with the golden loss of the last step's weights if that step has none."""
+    history = run.read_history()
+    last = metrics["optimizer_steps"]
+    if metrics["best_step"] is None and "eval_loss" in metrics:
+        if not any(entry.get("optimizer_steps") == last and "eval_loss" in entry for entry in history):
+            history.append({"step": last, "optimizer_steps": last, "eval_loss": metrics["eval_loss"]})
+    return history
 
 
 def _forget_previous_job() -> None:

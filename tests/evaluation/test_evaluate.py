@@ -116,7 +116,7 @@ def test_the_command_compares_base_and_adapter_on_both_halves(run, tmp_path):
     assert f"{metrics['eval_loss']:.2f}" == printed[2].split(" | ")[2]
     assert list(tmp_path.iterdir()) == []
     made = {path.name for path in folder.iterdir()}
-    plots = {"scores.png", "rows.png", "topics.png"}
+    plots = {"scores.png", "rows.png", "topics.png", "scores_narrow.png", "topics_narrow.png"}
     assert made == {"inputs.json", "predictions.jsonl", "metrics.json", "report.md", "report.html", *plots}
     kept = [(one["row"], one["model"]) for one in lines(folder / "predictions.jsonl")]
     assert kept == [(row, model) for row in range(1, 65) for model in ("base", "adapter")]

@@ -185,7 +185,9 @@ def test_the_picture_shows_which_step_was_kept(run, tmp_path):
     history = [{"step": 3, "optimizer_steps": 2, "eval_loss": 2.0, "eval_f1": 0.1}, *run.read_history()]
     for name, kept, shown in (("plain", None, history[1:]), ("kept", 4, history[1:]), ("answers", None, history)):
         plot_loss(shown, tmp_path / f"{name}.png", kept)
-    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 3
+    plot_loss(history, tmp_path / "base.png", None, 3.5)
+    plot_loss(history, tmp_path / "titled.png", None, 3.5, "costs $5, $6 and a name of a run")
+    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 5
 
 
 @pytest.mark.parametrize(
