@@ -112,9 +112,9 @@ def _measured(run: Run, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the lines of history.jsonl, with the golden loss of the last step's weights if that step has none."""
     history = run.read_history()
     last = metrics["optimizer_steps"]
-    if metrics["best_step"] is None and "eval_loss" in metrics:
-        if not any(entry.get("optimizer_steps") == last and "eval_loss" in entry for entry in history):
-            history.append({"step": last, "optimizer_steps": last, "eval_loss": metrics["eval_loss"]})
+    is_there = any(entry.get("optimizer_steps") == last and "eval_loss" in entry for entry in history)
+    if metrics["best_step"] is None and "eval_loss" in metrics and not is_there:
+        history.append({"step": last, "optimizer_steps": last, "eval_loss": metrics["eval_loss"]})
     return history
 
 
