@@ -98,3 +98,10 @@ def test_a_group_that_is_given_no_name_is_one_line(argument):
 
 def test_groups_and_other_keys_with_values_pass():
     check_groups(["lora=qkvo", "lora=qkvo,dora", "lora.r=8", "resume=null", "question=7", "-m", "run_dir=", "lora=[a]"])
+
+
+def test_the_shell_completes_options_and_keys():
+    for typed, offered in (("lora=", "lora=qkvo"), ("trainer.max_s", "trainer.max_steps="), ("exp", "experiment=")):
+        line = f"intern-train {typed}"
+        done = command("intern.train", "-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)), COMP_CWORD="1")
+        assert offered in done.stdout.split(), done
