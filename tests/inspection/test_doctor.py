@@ -392,7 +392,12 @@ def test_a_containers_memory_limit_counts(tmp_path):
 
 
 def test_doctor_composes_the_groups_of_train():
-    assert composed(name="doctor").keys() - composed().keys() == {"format", "run_dir"}
+    assert composed(name="doctor").keys() - composed().keys() == {
+        "format",
+        "run_dir",
+        "gpu",
+        "price_per_hour",
+    }
 
 
 def test_no_path_of_this_machine_is_shown_for_what_the_project_ships():
