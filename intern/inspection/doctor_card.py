@@ -110,7 +110,7 @@ def _rows(name: str, pieces: CardPieces, counted: Callable[[DoctorPieces], Check
     table = pieces.read_rows[which]
     assert table is not None
     return Check(
-        name, GREEN, f"{table.name}: {len(table.rows):,} valid rows; without the tokenizer nobody knows if they fit"
+        name, GREEN, f"{table.name}: {len(table.rows):,} valid rows; only the tokenizer shows whether they fit"
     )
 
 

@@ -12,11 +12,8 @@ from intern.inspection.planned_run import PlannedRun
 from intern.memory.speed import FASTEST, SLOWEST
 from intern.units import GIB
 
-_NOTE = (
-    "Estimated from measured runs of an 8B model on H100 and H200; a range is as wide as these runs were from their estimates "
-    "(docs/planning.md). Hours are of training alone, without start-up, checkpoints and golden rows."
-)
-MEMORY_ERROR = 0.15  # of the peak: every measured row of docs/planning.md is within it
+_MEASURED = ("h100", "h200")
+MEMORY_ERROR = 0.16  # of the peak: every measured row of docs/planning.md is within it
 
 
 def plan_rows(run: PlannedRun) -> list[tuple[str, str]]:
@@ -34,13 +31,13 @@ def plan_rows(run: PlannedRun) -> list[tuple[str, str]]:
     ]
     if run.hours is None:
         reason = "its speed was never measured" if run.is_enough else "it does not fit"
-        return [*table, ("hours", f"not estimated: {reason}")]
+        return [*table, ("time", f"not estimated: {reason}")]
     assert run.seconds is not None
     speed = rows.batch / run.seconds
     table += [
         ("tokens/s", f"about {speed:,.0f}, estimated ({speed / SLOWEST:,.0f} to {speed / FASTEST:,.0f})"),
         (
-            "hours",
+            "time",
             f"about {_hours(run.hours)}, estimated ({_hours(run.hours * FASTEST)} to {_hours(run.hours * SLOWEST)})",
         ),
     ]
@@ -54,11 +51,16 @@ def show_plan(run: PlannedRun) -> None:
     """Print the table, and what its figures stand on."""
     sys.stdout.write("\n")
     show(["plan", run.card.key], plan_rows(run), texts=2)
-    note = Console()
-    if note.is_terminal:
-        note.print(Text(_NOTE))
+    here = "" if run.card.key in _MEASURED else f", none of them on this card: {run.card.name} may be outside the range"
+    note = (
+        f"Estimated from measured runs of an 8B model on H100 and H200{here}. A range is as wide as these runs were from their "
+        "estimates (docs/planning.md). Time is that of training alone, without start-up, checkpoints and golden rows."
+    )
+    console = Console()
+    if console.is_terminal:
+        console.print(Text(note))
     else:
-        sys.stdout.write(f"\n{_NOTE}\n")
+        sys.stdout.write(f"\n{note}\n")
 
 
 def plan_values(run: PlannedRun) -> dict[str, Any]:
@@ -87,4 +89,6 @@ def plan_values(run: PlannedRun) -> dict[str, Any]:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}" if hours >= 1 else f"{hours:.2f}"
+    if hours < 1:
+        return f"{hours * 60:.0f} min" if hours * 60 >= 10 else f"{hours * 60:.1f} min"
+    return f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h"

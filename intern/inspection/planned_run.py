@@ -178,7 +178,9 @@ class CardPieces(DoctorPieces):
     def peak(self) -> TrainingPeak:
         """The estimated peak of a step on the largest batch."""
         tokens = self.planned_rows.largest
-        return training_peak(self.sizes, tokens, 2, self.fused, self.state_bytes, cudnn=self.card.is_hopper)
+        return training_peak(
+            self.sizes, tokens, self.stored_dtype.itemsize, self.fused, self.state_bytes, cudnn=self.card.is_hopper
+        )
 
     @piece
     def weights(self) -> "Weights":
@@ -217,7 +219,7 @@ class CardPieces(DoctorPieces):
         card, rows, args = self.card, self.planned_rows, self.args
         checkpointing = self.trainer.get("activation_checkpointing")
         attends_once = card.is_hopper and rows.row >= LONG_ROW_TOKENS
-        dense = 2 * self.weights.quantized
+        dense = self.stored_dtype.itemsize * self.weights.quantized
         plan = expected_plan(self.peak, card.budget, rows.largest, checkpointing, dense, attends_once)
         seconds = None
         rate = card.fp16 if self.precision.fp16 else card.bf16 if self.precision.bf16 else None
