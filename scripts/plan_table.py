@@ -9,11 +9,13 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from intern.cards import CARDS, Card, find_card
+from intern.cards import CARDS, find_card
 from intern.inspection.planned_run import CardPieces
 from intern.inspection.published_shapes import SHAPES
 from intern.memory.estimate import training_peak
@@ -105,12 +107,12 @@ ON_H100 = (
 class ShapePieces(CardPieces):
     """The pieces of a run of a published shape: no file of the base is looked for, so the tables are the same everywhere."""
 
-    def __init__(self, card: Card, *overrides: str) -> None:
+    def __init__(self, *overrides: str) -> None:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            super().__init__(compose("doctor", list(overrides)), card)
+            super().__init__(compose("doctor", list(overrides)), find_card("t4"))
         config = AutoConfig.for_model(**SHAPES[self.cfg.model.pretrained_model_name_or_path])
         self.made["found_base"] = (Base(self.cfg.model, config), ""), None
-        self.made["own_tokenizer"] = None, None
+        self.made["adapter"] = self.lora, None  # without the checks of an adapter, which take longer than the rest
 
 
 def planned(pieces: CardPieces, run: Run) -> tuple[MemoryPlan, float]:
@@ -121,18 +123,21 @@ def planned(pieces: CardPieces, run: Run) -> tuple[MemoryPlan, float]:
     weights = pieces.weights
     once = cudnn and run.row >= LONG_ROW_TOKENS
     plan = expected_plan(peak, budget, run.largest, run.checkpointing, 2 * weights.quantized, once)
-    rate = card.bf16 if pieces.precision.bf16 else card.fp16
-    assert rate is not None
-    rates = Rates(rate * 1e12, card.bandwidth * 1e9, cudnn)
+    rates = Rates(card.fp16 * 1e12, card.bandwidth * 1e9, cudnn)
     return plan, batch_seconds(weights, Batch(run.batch, run.row, SCORED), plan, rates)
 
 
 @functools.cache
-def of_shape(model: str, lora: str, rank: int, bf16: bool) -> ShapePieces:
-    """The pieces of a model, which are the same for all cards of a precision."""
-    card = find_card("h200" if bf16 else "t4")
-    form = ["trainer=ampere", "quant=nf4_bf16"] if bf16 else ["trainer=t4_min100", "quant=nf4_fp16"]
-    return ShapePieces(card, f"model={model}", f"lora={lora}", f"lora.r={rank}", *form)
+def of_shape(model: str, lora: str = "qkvo", rank: int = 16) -> ShapePieces:
+    """The pieces of a model and its adapter, whose sizes are the same for all cards and both 16-bit precisions."""
+    return ShapePieces(f"model={model}", f"lora={lora}", f"lora.r={rank}")
+
+
+@functools.cache
+def tokens_of_batch(trainer: str) -> int:
+    """The tokens of a full batch of a group file of conf/trainer."""
+    values: Any = OmegaConf.load(CONF_DIR / "trainer" / f"{trainer}.yaml")
+    return int(values["max_length"] * values["per_device_train_batch_size"])
 
 
 def models() -> Iterator[list[str]]:
@@ -142,10 +147,9 @@ def models() -> Iterator[list[str]]:
         cells = []
         for key in SHOWN:
             card = find_card(key)
-            pieces = of_shape(model, "qkvo", 16, card.has_bf16)
-            tokens = int(pieces.cfg.trainer.max_length) * int(pieces.cfg.trainer.per_device_train_batch_size)
+            tokens = tokens_of_batch("ampere" if card.has_bf16 else "t4_min100")
             run = Run(model, 0, 0, tokens, tokens, SAMPLE_ROW, card=key, t4=not card.is_hopper)
-            plan, seconds = planned(pieces, run)
+            plan, seconds = planned(of_shape(model), run)
             assert fits(plan), f"{model} on {key}"
             minutes = MILLION / tokens * seconds / 60
             given_up = f", {plan.checkpointed}/{plan.layers} layers" if plan.checkpointed else ""
@@ -172,7 +176,7 @@ def cards() -> Iterator[list[str]]:
 def errors() -> Iterator[tuple[Run, MemoryPlan, float]]:
     """Every measured run with the expected plan and the estimated tokens/s."""
     for run in (*MEASURED, *ON_H100):
-        pieces = of_shape("llama3_8b", "all_linear" if run.all_linear else "qkvo", run.rank, not run.t4)
+        pieces = of_shape("llama3_8b", "all_linear" if run.all_linear else "qkvo", run.rank)
         plan, seconds = planned(pieces, run)
         yield run, plan, run.batch / seconds
 
