@@ -17,14 +17,20 @@ def main(cfg: DictConfig) -> None:
     from rich.console import Console
 
     from intern.inspection.check import as_json, raise_if_red, show_checks
-    from intern.inspection.doctor import diagnose
+    from intern.inspection.doctor import diagnose, plan_for_card
+    from intern.inspection.planned_run import read_own_keys
 
+    card, _ = read_own_keys(cfg)
     with importing():  # each check imports what it looks at
-        checks = diagnose(cfg)
+        checks, run = plan_for_card(cfg, card) if card is not None else (diagnose(cfg), None)
+    from intern.inspection.plan_display import plan_values, show_plan
+
     if cfg.format == "json":
-        sys.stdout.write(as_json(checks) + "\n")
+        sys.stdout.write(as_json(checks, plan_values(run) if run is not None else None) + "\n")
     else:
         show_checks(checks, Console())
+        if run is not None:
+            show_plan(run)
     raise_if_red(checks, "doctor")
 
 

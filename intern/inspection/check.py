@@ -3,9 +3,9 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -45,17 +45,23 @@ def raise_if_red(checks: Sequence[Check], subject: str) -> None:
         raise RunError(f"{subject}: {len(red)} of {len(checks)} checks red: {', '.join(red)}")
 
 
-def as_json(checks: Sequence[Check]) -> str:
+def as_json(checks: Sequence[Check], plan: Mapping[str, Any] | None = None) -> str:
     """The checks for a script: {"schema_version": 1, "verdict": "red", "checks": [{"name", "status", "found", "remedy"}, ...]}.
+
+    Args:
+        checks: the checks.
+        plan: what the run would take on a card (intern.inspection.plan_display.plan_values); added as "plan".
 
     `verdict` is the worst status; a status is "green", "amber" or "red"; all other values are text. Names stay the same from
     version to version, what stands in `found` and `remedy` is for people.
     """
-    content = {
+    content: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "verdict": verdict(checks),
         "checks": [asdict(check) for check in checks],
     }
+    if plan is not None:
+        content["plan"] = dict(plan)
     return json_text(json.dumps(content, indent=2, ensure_ascii=False))
 
 

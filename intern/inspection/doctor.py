@@ -4,12 +4,15 @@ Each check stands alone: what a library raises in one of them becomes a red line
 modules of the checks import anything heavy at the top, and what the checks share (DoctorPieces) is made when it is first read.
 """
 
+import contextlib
 from collections.abc import Callable
 
 from omegaconf import DictConfig
 
+from intern.cards import Card
 from intern.errors import RunError, UserError, one_line
 from intern.inspection.check import AMBER, RED, Check
+from intern.inspection.doctor_card import card_checks, planned
 from intern.inspection.doctor_configuration import (
     check_adapter,
     check_configuration,
@@ -35,6 +38,7 @@ from intern.inspection.doctor_memory_and_disk import (
 )
 from intern.inspection.doctor_network import check_hub, check_tracker, check_weights
 from intern.inspection.doctor_pieces import DoctorPieces, SkippedError
+from intern.inspection.planned_run import CardPieces, PlannedRun
 
 CHECKS: dict[str, Callable[[DoctorPieces], Check]] = {
     "Python": check_python,
@@ -66,9 +70,29 @@ def diagnose(cfg: DictConfig) -> list[Check]:
     Args:
         cfg: the composed conf/doctor.yaml.
     """
-    pieces = DoctorPieces(cfg)
+    return _all_checks(DoctorPieces(cfg), CHECKS)
+
+
+def plan_for_card(cfg: DictConfig, card: Card) -> tuple[list[Check], PlannedRun | None]:
+    """Run every check of a run on a card that need not be here. Raises nothing.
+
+    Args:
+        cfg: the composed conf/doctor.yaml.
+        card: the card.
+
+    Returns:
+        The checks, in the order of CHECKS, and what the run would take; None if a red check is in its way.
+    """
+    pieces = CardPieces(cfg, card)
+    checks = _all_checks(pieces, CHECKS | card_checks())
+    with contextlib.suppress(Exception):  # whatever it is, a check has shown it
+        return checks, planned(pieces)
+    return checks, None
+
+
+def _all_checks(pieces: DoctorPieces, checks: dict[str, Callable[[DoctorPieces], Check]]) -> list[Check]:
     try:
-        return [run_check(name, check, pieces) for name, check in CHECKS.items()]
+        return [run_check(name, check, pieces) for name, check in checks.items()]
     finally:
         pieces.restore_network()
 

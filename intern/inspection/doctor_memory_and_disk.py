@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from intern.hardware import available_memory
 from intern.inspection.check import AMBER, GREEN, RED, Check
@@ -14,7 +14,10 @@ from intern.memory.estimate import TrainingPeak, datasets_cache, host_memory, ru
 from intern.paths import find
 from intern.units import GIB
 
-_TIGHT = 0.9  # fraction of the free memory above which an estimate may well be wrong
+if TYPE_CHECKING:
+    from intern.data.settings import DataConfig
+
+TIGHT = 0.9  # fraction of the free memory above which an estimate may well be wrong
 
 
 def check_gpu_memory(pieces: DoctorPieces) -> Check:
@@ -35,7 +38,7 @@ def check_gpu_memory(pieces: DoctorPieces) -> Check:
         return Check("GPU memory", AMBER, f"{found}; there is no GPU to compare with", "fix GPU first")
     check_fit(base, pieces.quant, pieces.known("precision", "precision"))
     cap = torch.cuda.get_device_properties(0).total_memory * torch.cuda.get_per_process_memory_fraction()
-    return _fits("GPU memory", found, least, min(torch.cuda.mem_get_info()[0], cap), _smaller(chosen))
+    return _fits("GPU memory", found, least, min(torch.cuda.mem_get_info()[0], cap), smaller(chosen))
 
 
 def check_host_memory(pieces: DoctorPieces) -> Check:
@@ -65,8 +68,7 @@ def check_disk(pieces: DoctorPieces) -> Check:
             add(constants.HF_HUB_CACHE, "download", size)
     with contextlib.suppress(SkippedError):
         data = pieces.known("data", "configuration")
-        size = sum(_size(path) for path in (*data.train_files, *data.eval_files))
-        add(datasets.config.HF_DATASETS_CACHE, "datasets cache", datasets_cache(size))
+        add(datasets.config.HF_DATASETS_CACHE, "datasets cache", datasets_cache(data_bytes(data)))
     with contextlib.suppress(SkippedError):
         trainable = pieces.known("adapted", "adapter").get_nb_trainable_parameters()[0]
         size = run_directory(
@@ -82,8 +84,8 @@ def check_disk(pieces: DoctorPieces) -> Check:
     for entries in systems.values():
         need, free = sum(size for _, _, size in entries), shutil.disk_usage(entries[0][0]).free
         full |= need > free
-        listed = ", ".join(f"{_amount(size)} {name}" for _, name, size in entries)
-        lines.append(f"about {listed}; {_amount(free)} free")
+        listed = ", ".join(f"{amount(size)} {name}" for _, name, size in entries)
+        lines.append(f"about {listed}; {amount(free)} free")
     remedy = "free some space, or use another disk: HF_HOME moves the caches, hydra.run.dir the run" if full else ""
     return Check("disk", RED if full else GREEN, "; ".join(lines), remedy)
 
@@ -111,12 +113,22 @@ def _fits(name: str, found: str, need: float, free: float, remedy: str) -> Check
     found += f", {free / GIB:.1f} free"
     if need > free:
         return Check(name, RED, found, remedy)
-    return Check(name, AMBER, f"{found}: tight", remedy) if need > _TIGHT * free else Check(name, GREEN, found)
+    return Check(name, AMBER, f"{found}: tight", remedy) if need > TIGHT * free else Check(name, GREEN, found)
 
 
-def _smaller(checkpointing: Any) -> str:
+def smaller(checkpointing: Any) -> str:
+    """Return what to change so that a step needs less GPU memory.
+
+    Args:
+        checkpointing: trainer.activation_checkpointing.
+    """
     least = "trainer.activation_checkpointing=auto, or " if checkpointing is False else ""
     return f"{least}lower trainer.per_device_train_batch_size, then trainer.max_length"
+
+
+def data_bytes(data: "DataConfig") -> int:
+    """Return the bytes of the training and golden files."""
+    return sum(_size(path) for path in (*data.train_files, *data.eval_files))
 
 
 def _size(path: str) -> int:
@@ -124,5 +136,6 @@ def _size(path: str) -> int:
     return found.stat().st_size if found is not None and found.is_file() else 0
 
 
-def _amount(size: float) -> str:
+def amount(size: float) -> str:
+    """Return a size in words: "1.2 GiB", "31 MiB"."""
     return f"{size / GIB:.1f} GiB" if size > 0.1 * GIB else f"{size / 2**20:.0f} MiB"

@@ -12,9 +12,11 @@ from intern.runs.directory import Run
 from intern.training.plan import PlanPieces, piece
 
 if TYPE_CHECKING:
+    import torch
+
     from intern.model.base import Base
 
-_OWN_KEYS = ("format", "run_dir")  # of conf/doctor.yaml
+_OWN_KEYS = ("format", "run_dir", "gpu", "price_per_hour")  # of conf/doctor.yaml
 
 
 class SkippedError(Exception):
@@ -101,33 +103,48 @@ class DoctorPieces(PlanPieces):
         return 2 if "8bit" in str(self.trainer.get("optim", "")) else 8
 
     @piece
-    def peak(self) -> TrainingPeak:
-        """The estimated peak of a training step on its device."""
+    def stored_dtype(self) -> "torch.dtype":
+        """The dtype of weights that are not quantized."""
         import torch
+
+        try:
+            return self.precision.dtype
+        except UserError:  # there is no such GPU here: assume what the configuration asks for
+            return getattr(self.quant, "compute_dtype", None) or torch.float16
+
+    @piece
+    def sizes(self) -> ModelSizes:
+        """The sizes of the model with its adapter, for estimates."""
         from peft.tuners.lora import LoraLayer
 
         from intern.model.sizes import weight_bytes
 
         text = self.base.config.get_text_config()
-        try:
-            dtype, on_gpu = self.precision.dtype, self.precision.device == "cuda"
-        except UserError:  # there is no such GPU here: assume what the configuration asks for
-            dtype, on_gpu = getattr(self.quant, "compute_dtype", None) or torch.float16, True
-        weights = weight_bytes(self.base, self.quant, dtype)
+        weights = weight_bytes(self.base, self.quant, self.stored_dtype)
         if weights is None:
             raise UserError("model: its own quantization has an unknown size")
         heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        inputs = sum(int(layer.in_features or 0) for layer in self.adapted.modules() if isinstance(layer, LoraLayer))
-        sizes = ModelSizes(
+        adapted = {
+            name: int(layer.in_features or 0)
+            for name, layer in self.adapted.named_modules()
+            if isinstance(layer, LoraLayer)
+        }
+        return ModelSizes(
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             intermediate=text.intermediate_size,
             key_value=heads * size,
             weights=weights,
             trainable=self.adapted.get_nb_trainable_parameters()[0],
-            adapted_inputs=inputs / text.num_hidden_layers,
+            adapted_inputs=sum(adapted.values()) / text.num_hidden_layers,
+            adapted_in_mlp=sum(size for name, size in adapted.items() if ".mlp." in name) / text.num_hidden_layers,
         )
+
+    @piece
+    def peak(self) -> TrainingPeak:
+        """The estimated peak of a training step on its device."""
+        on_gpu = not self.on_cpu
         tokens = int(self.configured_args.max_length or 0) * self.configured_args.per_device_train_batch_size
         fused = on_gpu and self.trainer.get("use_liger_kernel") is not False and is_installed("liger-kernel")
-        return training_peak(sizes, tokens, 2 if on_gpu else dtype.itemsize, fused, self.state_bytes)
+        return training_peak(self.sizes, tokens, 2 if on_gpu else self.stored_dtype.itemsize, fused, self.state_bytes)

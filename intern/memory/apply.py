@@ -10,9 +10,8 @@ from intern.kernels.decoder_layers import decoder_layers, draws_at_random
 from intern.kernels.lora_linear import pack_weights, unpack_weights
 from intern.kernels.recompute import offload_inputs, recompute
 from intern.kernels.tiled_mlp import tile_mlps
+from intern.memory.estimate import TILE_TOKENS
 from intern.memory.plan import MemoryPlan
-
-_TILE_TOKENS = 4096  # that a tiled MLP computes at a time
 
 
 class PlanApplier:
@@ -53,7 +52,7 @@ class PlanApplier:
         if plan.offloaded and not (now and now.offloaded):
             self._undo.append(offload_inputs(self.layers, self.draws, plan.attends_once).undo)
         if plan.tiled and not (now and now.tiled):
-            self._undo.append(tile_mlps(self.layers, _TILE_TOKENS, self.draws).undo)
+            self._undo.append(tile_mlps(self.layers, TILE_TOKENS, self.draws).undo)
         if plan.unpacked != (now.unpacked if now else 0):
             pack_weights(self.model)
             plan = replace(plan, unpacked=unpack_weights(self.model, plan.unpacked))

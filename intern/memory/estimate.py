@@ -11,6 +11,8 @@ _WORKSPACE_BYTES = (
 )  # of matrix products, and of the loss in chunks: fitted to the peaks named in `training_peak`
 _TOKENIZER_BYTES = 20 * MIB  # of a checkpoint besides weights and states, mostly Llama 3's tokenizer.json of 17 MB
 _CACHE_BYTES_PER_FILE_BYTE = 8  # rows, their tokens and their packs in the datasets cache (measured: 6 to 8)
+TILE_TOKENS = 4096  # that a tiled MLP computes at a time
+_CUDNN_BYTES_PER_ELEMENT = 12  # of workspace, per element of a token's queries
 _UNLIMITED_CHECKPOINTS = 20  # to expect if trainer.save_total_limit is null
 
 
@@ -26,6 +28,7 @@ class ModelSizes:
         weights: bytes, in the form in which they are stored.
         trainable: parameters of the adapter.
         adapted_inputs: sum of the input sizes of one layer's adapted modules.
+        adapted_in_mlp: the part of `adapted_inputs` that belongs to the MLP.
     """
 
     layers: int
@@ -35,17 +38,60 @@ class ModelSizes:
     weights: float
     trainable: int
     adapted_inputs: float
+    adapted_in_mlp: float = 0
 
 
 @dataclass(frozen=True)
 class TrainingPeak:
-    """Bytes at the peak of a training step, with every layer's activations recomputed and with all of them kept."""
+    """Bytes at the peak of a training step, in the forms that a memory plan can have.
 
-    recomputed: float
-    kept: float
+    Args:
+        fixed: weights, adapter, gradients, optimizer states and workspace.
+        layers: decoder layers of the model.
+        layer: what a layer saves for its backward pass.
+        tiled_layer: the same with the MLP computed in chunks.
+        layer_input: the input of a layer, which is all that a checkpointed one saves.
+        recomputing: workspace of the backward pass of attention, which counts where activations leave room for nothing else.
+    """
+
+    fixed: float
+    layers: int
+    layer: float
+    tiled_layer: float
+    layer_input: float
+    recomputing: float = 0
+
+    def with_kept(self, kept: int) -> float:
+        """Return the peak with `kept` layers that keep their activations; one layer always has all of them at a time."""
+        if kept >= self.layers:
+            return self.kept
+        inputs = (self.layers - kept) * self.layer_input
+        return self.fixed + inputs + max(kept, 1) * self.layer + self.recomputing
+
+    @property
+    def recomputed(self) -> float:
+        """With every layer's activations recomputed."""
+        return self.with_kept(0)
+
+    @property
+    def kept(self) -> float:
+        """With all activations kept."""
+        return self.fixed + self.layers * self.layer
+
+    @property
+    def offloaded(self) -> float:
+        """With every layer's activations recomputed, and their inputs in host memory."""
+        return self.fixed + self.layer + self.recomputing
+
+    @property
+    def tiled(self) -> float:
+        """As `offloaded`, with MLPs computed in chunks as well."""
+        return self.fixed + self.tiled_layer + self.recomputing
 
 
-def training_peak(sizes: ModelSizes, tokens: int, element: int, fused: bool, state_bytes: int) -> TrainingPeak:
+def training_peak(
+    sizes: ModelSizes, tokens: int, element: int, fused: bool, state_bytes: int, cudnn: bool = False
+) -> TrainingPeak:
     """Estimate the peak of one step on a batch of `tokens` tokens, within about 15 %.
 
     Weights + adapter (4-byte weights, 4-byte gradients, optimizer states) + activations + workspace. A layer saves for its backward
@@ -64,13 +110,25 @@ def training_peak(sizes: ModelSizes, tokens: int, element: int, fused: bool, sta
         element: bytes of an activation: 2 in 16-bit precision, 4 in float32.
         fused: whether Liger's kernels are used.
         state_bytes: optimizer states per trainable parameter: 8 for AdamW, 2 for 8-bit AdamW.
+        cudnn: whether attention is cuDNN's, whose backward pass has a workspace of its own (docs/benchmarks.md: 48 KB per token for
+            4,096 elements of queries, at most 1 GiB).
     """
     fixed = sizes.weights + sizes.trainable * (8 + state_bytes) + _WORKSPACE_BYTES
+    elements = saved_elements(sizes, fused)
+    layer_input = sizes.hidden * element * tokens
+    in_mlp = 2 * sizes.intermediate + sizes.adapted_in_mlp + (0 if fused else sizes.intermediate)
+    # A tiled MLP keeps its input and the gradient of its output for all tokens, everything else for one tile.
+    tiled = (elements - in_mlp) * tokens + in_mlp * min(tokens, TILE_TOKENS) + 2 * sizes.hidden * tokens
+    workspace = min(tokens * sizes.hidden * _CUDNN_BYTES_PER_ELEMENT, GIB) if cudnn else 0
+    return TrainingPeak(
+        fixed, sizes.layers, elements * element * tokens, tiled * element, layer_input, recomputing=workspace
+    )
+
+
+def saved_elements(sizes: ModelSizes, fused: bool) -> float:
+    """Return the elements that a layer saves per token for its backward pass, as `training_peak` explains them."""
     elements = 2 * sizes.hidden + 2 * sizes.key_value + 2 * sizes.intermediate + sizes.adapted_inputs
-    elements += 0 if fused else sizes.hidden + sizes.intermediate
-    layer = elements * element * tokens
-    inputs = sizes.layers * sizes.hidden * element * tokens
-    return TrainingPeak(fixed + inputs + layer, fixed + sizes.layers * layer)
+    return elements + (0 if fused else sizes.hidden + sizes.intermediate)
 
 
 def host_memory(on_cpu: bool, peak: TrainingPeak | None) -> float:

@@ -13,22 +13,25 @@ from intern.kernels import cudnn_attention, cudnn_graphs
 from intern.kernels.decoder_layers import are_one_kind
 from intern.memory.apply import PlanApplier
 from intern.memory.batches import Rows, RunBatches, count_tokens_and_rows
-from intern.memory.plan import MemoryPlan, fewest_checkpointed_layers, smallest_change, usable
+from intern.memory.plan import (
+    LONG_ROW_TOKENS,
+    MemoryPlan,
+    fewest_checkpointed_layers,
+    room_for_unpacked,
+    smallest_change,
+    usable,
+)
 from intern.memory.probe import Probe
 from intern.units import GIB
 
 log = logging.getLogger(__name__)
 
-_FREE_BEFORE_UNPACKING = (
-    0.1  # fraction of the budget that stays free before weights are dequantized; with less the allocator searches
-)
 _CUDA_GRAPH_RESERVE = 0.03  # fraction of the budget left free when graphs' private pools are counted (fragmentation)
 _LAUNCH_BOUND_S = (
     0.025  # seconds per layer and pass; above this the GPU is the bottleneck (launching a layer takes 6-12 ms)
 )
 _MOST_RECORDINGS = 8  # shapes that a run records
 _LOSS_TOLERANCE = 0.01  # fraction of the loss by which rounding may change it
-_LONG_ROW_TOKENS = 2048  # average length from which storing attention's results costs less than computing them again
 _ELEMENT_BYTES = 2  # in 16-bit precision
 
 
@@ -118,7 +121,7 @@ class PlanChooser:
         config = self.trainer.model.config.get_text_config()
         size = tokens * max(config.hidden_size, _query_width(config)) * _ELEMENT_BYTES
         pinned = 1 << (size - 1).bit_length()  # torch's allocator of pinned memory rounds up to powers of two
-        return tokens >= _LONG_ROW_TOKENS * rows and 2 * self._layers * pinned <= available_memory() / 2
+        return tokens >= LONG_ROW_TOKENS * rows and 2 * self._layers * pinned <= available_memory() / 2
 
     def _no_plan(self, probe: Probe) -> str:
         """Return the message for a batch that does not fit, with the smallest change that was tried and fits."""
@@ -134,7 +137,7 @@ class PlanChooser:
 
     def _unpack(self, probe: Probe, batch: Rows, packed: MemoryPlan) -> MemoryPlan:
         """Dequantize weights into the free memory, if the batch then still fits."""
-        room = usable(packed.budget) - int(_FREE_BEFORE_UNPACKING * packed.budget) - packed.peak
+        room = room_for_unpacked(packed.budget, packed.peak)
         if room <= 0:
             return packed
         unpacked = self.applier.apply(replace(packed, unpacked=room))

@@ -10,6 +10,10 @@ from transformers import TrainingArguments
 from intern.units import GIB
 
 _MARGIN = 0.06  # fraction of the budget: fragmentation, and what evaluation and libraries need in addition to the measured step
+_FREE_BEFORE_UNPACKING = (
+    0.1  # fraction of the budget that stays free before weights are dequantized; with less the allocator searches
+)
+LONG_ROW_TOKENS = 2048  # average length from which storing attention's results costs less than computing them again
 _FIRST_TRIES = (0, 2, 4)  # kept layers that are tried before their cost is known
 _SHORTEST_ROW_TOKENS = 256  # to which rows are cut in search of what fits
 
@@ -111,6 +115,11 @@ def fewest_checkpointed_layers(layers: int, budget: int, peak_of: Callable[[int]
 def usable(budget: int) -> int:
     """Return the bytes of `budget` that a measured step may use."""
     return int(budget * (1 - _MARGIN))
+
+
+def room_for_unpacked(budget: int, peak: float) -> int:
+    """Return the bytes that dequantized weights may take next to a step's peak; negative if there is none."""
+    return usable(budget) - int(_FREE_BEFORE_UNPACKING * budget) - int(peak)
 
 
 def smallest_change(

@@ -50,11 +50,12 @@ class Base:
         config: transformers' configuration.
     """
 
-    def __init__(self, node: DictConfig) -> None:
+    def __init__(self, node: DictConfig, config: PreTrainedConfig | None = None) -> None:
         """Locate the model.
 
         Args:
             node: conf/model.
+            config: of a model whose files are not here; None reads its config.json.
 
         Raises:
             UserError: the model is missing or gated, or a key is wrong.
@@ -81,7 +82,7 @@ class Base:
             raise UserError(
                 f"model.pretrained_model_name_or_path={name}: is an adapter's folder: give the base model's"
             )
-        self.config: PreTrainedConfig = self._fetch(AutoConfig)
+        self.config: PreTrainedConfig = config if config is not None else self._fetch(AutoConfig)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer. Its padding token is never the end of a turn if the vocabulary has an unused one."""

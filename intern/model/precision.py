@@ -29,8 +29,13 @@ class Precision:
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        return f"{name}: {self.in_words}"
+
+    @property
+    def in_words(self) -> str:
+        """The dtypes for a person, without the device."""
         mixed = "fp16 with loss scaling" if self.fp16 else "bf16" if self.bf16 else "full"
-        return f"{name}: {mixed} precision, computing in {str(self.dtype).removeprefix('torch.')}, adapters in float32"
+        return f"{mixed} precision, computing in {str(self.dtype).removeprefix('torch.')}, adapters in float32"
 
 
 def plan_training(use_cpu: bool, fp16: bool | None, bf16: bool | None, compute_dtype: torch.dtype | None) -> Precision:
@@ -51,10 +56,24 @@ def plan_training(use_cpu: bool, fp16: bool | None, bf16: bool | None, compute_d
     if not torch.cuda.is_available():
         raise UserError("no CUDA GPU found, and trainer.use_cpu is false: experiment=tiny_cpu runs everything on a CPU")
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # with emulation, a T4 would have it too
+    return plan_for_gpu(torch.cuda.get_device_name(), has_bf16, fp16, bf16, compute_dtype)
+
+
+def plan_for_gpu(
+    name: str, has_bf16: bool, fp16: bool | None, bf16: bool | None, compute_dtype: torch.dtype | None
+) -> Precision:
+    """Return the precision of a training run on a GPU, which need not be in this machine.
+
+    Args:
+        name: of the GPU, for messages.
+        has_bf16: whether it computes in bfloat16.
+        fp16, bf16, compute_dtype: as for `plan_training`.
+
+    Raises:
+        UserError: a precision that the GPU lacks, or keys that contradict each other.
+    """
     if bf16 and not has_bf16:
-        raise UserError(
-            f"trainer.bf16=true, but {torch.cuda.get_device_name()} has no bfloat16: use trainer=t4_min100 quant=nf4_fp16"
-        )
+        raise UserError(f"trainer.bf16=true, but {name} has no bfloat16: use trainer=t4_min100 quant=nf4_fp16")
     if not fp16 and not bf16 and None in (fp16, bf16):
         bf16 = has_bf16 and bf16 is None
         fp16 = not bf16 and fp16 is None

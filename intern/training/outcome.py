@@ -1,7 +1,6 @@
 """What a training run should be warned about, and what came of it: its result, what is doubtful about it, and what to do next."""
 
 import logging
-import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from intern.evaluation.bootstrap import FEW
 from intern.runs.directory import Run
 from intern.runs.names import called
 from intern.training.plan import TrainingPlan
+from intern.training.steps import steps_of_run
 from intern.training.trainer import InternTrainer
 
 log = logging.getLogger(__name__)
@@ -26,10 +26,7 @@ def warn_before_training(trainer: InternTrainer, plan: TrainingPlan) -> None:
     """Warn, in one line each, of few rows repeated many times, of a warm-up without an end, and of golden rows that are trained on."""
     rows, args = len(plan.train.rows), plan.args
     packed: Any = trainer.train_dataset
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    per_epoch = max(1, math.ceil(len(packed) / batch))
-    by_epochs = math.ceil(args.num_train_epochs * per_epoch)
-    steps = max(args.max_steps if args.max_steps > 0 else by_epochs, plan.rules.min_steps)
+    steps, per_epoch = steps_of_run(len(packed), args, plan.rules.min_steps)
     if steps / per_epoch > _MANY_EPOCHS:
         fewer = _USUAL_EPOCHS * per_epoch
         log.warning(

@@ -1,5 +1,6 @@
 """When training ends: after the optimizer steps that really happened, or early."""
 
+import math
 import time
 from typing import Any
 
@@ -7,6 +8,20 @@ from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, Tr
 
 from intern.errors import RunError
 from intern.training.checkpoint_state import CheckpointedCallback
+
+
+def steps_of_run(units: int, args: TrainingArguments, min_steps: int) -> tuple[int, int]:
+    """Return the optimizer steps that a run takes if none is skipped and it does not end early, and those of one epoch.
+
+    Args:
+        units: rows of the training data; with packing, packs.
+        args: of the run.
+        min_steps: trainer.min_steps.
+    """
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    per_epoch = max(1, math.ceil(units / batch))
+    by_epochs = math.ceil(args.num_train_epochs * per_epoch)
+    return max(args.max_steps if args.max_steps > 0 else by_epochs, min_steps), per_epoch
 
 
 class OptimizerSteps(CheckpointedCallback):

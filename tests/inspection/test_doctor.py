@@ -22,10 +22,11 @@ from transformers import AutoConfig
 
 import intern.training.finetune  # noqa: F401  # loads every library before a test puts a GPU in front of them
 from intern import doctor as command
+from intern.cards import find_card
 from intern.errors import UserError
 from intern.hardware import available_memory, runs_architectures
 from intern.inspection.check import AMBER, GREEN, RED
-from intern.inspection.doctor import CHECKS, diagnose, run_check
+from intern.inspection.doctor import CHECKS, diagnose, plan_for_card, run_check
 from intern.inspection.doctor_pieces import DoctorPieces
 from intern.inspection.installation import missing_weights, requirements
 from intern.memory.estimate import ModelSizes, training_peak
@@ -331,6 +332,22 @@ def test_a_newer_card_is_told_of_bfloat16(card):
     assert found.status == AMBER and "trainer=ampere quant=nf4_bf16" in found.remedy
 
 
+def test_a_run_is_planned_for_another_card_than_the_one_that_is_here(card, monkeypatch):
+    card("A100", (8, 0), 39.4, bf16=True)
+
+    def asked(*_, **__):
+        raise AssertionError("this machine's GPU does not count")
+
+    for name in ("get_device_name", "get_device_capability", "mem_get_info", "is_bf16_supported"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    cfg = composed(*GPU_RUN, "gpu=t4", "data.max_rows=40", name="doctor")
+    found, run = plan_for_card(cfg, find_card("t4"))
+    told = {check.name: check for check in found}
+    assert run is not None and run.is_enough and "NVIDIA T4" in told["GPU"].found
+    assert told["precision"].status == GREEN and "of 14.6" in told["GPU memory"].found
+    assert not red(told) and "A100" not in "".join(check.found for check in found)
+
+
 def test_a_card_that_torch_has_no_kernels_for_is_red(card):
     card("GTX 1080", (6, 1))
     found = line("GPU", *GPU_RUN)
@@ -392,7 +409,12 @@ def test_a_containers_memory_limit_counts(tmp_path):
 
 
 def test_doctor_composes_the_groups_of_train():
-    assert composed(name="doctor").keys() - composed().keys() == {"format", "run_dir"}
+    assert composed(name="doctor").keys() - composed().keys() == {
+        "format",
+        "run_dir",
+        "gpu",
+        "price_per_hour",
+    }
 
 
 def test_no_path_of_this_machine_is_shown_for_what_the_project_ships():

@@ -218,7 +218,7 @@ def has_key(cfg, key):
 def kind(command):
     """Commands that take the same way through the code: only one of each is run."""
     if command.module != "train":
-        kinds = {"against", "html", "row", "format", "sort_by", "show", "pack", "remove", "keep_best"}
+        kinds = {"against", "html", "row", "format", "sort_by", "show", "pack", "remove", "keep_best", "gpu"}
         return (command.module, *sorted(kinds & set(command.keys)))
     words = " ".join(command.words)
     marks = ("--multirun", "--cfg", "resume=", "rank_sweep", "optuna", "eval_strategy", "mine.jsonl", "max_steps=300")
@@ -242,6 +242,8 @@ def shortened(command):
             named = [one for one in named if not one.startswith("experiment=")]
             added = ["experiment=[tiny_cpu,rank_sweep]", "lora.r=4", *TINY[1:]]
             added += [] if "trainer.learning_rate" in command.keys else ["trainer.learning_rate=1e-3"]
+    if "gpu" in command.keys:  # a plan for a card is none for the CPU
+        added = ["model=tiny", *added[1:]]
     if "data.eval_share" in command.keys:  # golden rows are held out: no file has them
         added = [one for one in added if not one.startswith("data.eval_file")]
     if {"remove", "keep_best"} & set(command.keys):
