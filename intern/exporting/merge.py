@@ -6,7 +6,6 @@ float32, PEFT's merge of plain layers is applied to that one layer, and the resu
 
 import contextlib
 import copy
-import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,11 +77,12 @@ def write_merged(
     """
     tied = bool(getattr(skeleton.config.get_text_config(), "tie_word_embeddings", False))
     shards = _Shards(folder, shard)
-    same = _output_names(skeleton) if tied else set()
+    same, embedded = (_output_names(skeleton), _input_name(skeleton)) if tied else (set(), None)
+    published = original if original is None else lambda name: original(embedded if name in same and embedded else name)
     embeddings: torch.Tensor | None = None
-    for name, weight in merged_tensors(model, original):
+    for name, weight in merged_tensors(model, published):
         tensor = weight.detach().to("cpu", dtype if weight.is_floating_point() else weight.dtype).contiguous()
-        if tied and name == _input_name(skeleton):
+        if name == embedded:
             embeddings = tensor
         elif name in same and embeddings is not None:
             if torch.equal(tensor, embeddings):
@@ -130,7 +130,6 @@ class _Shards:
     def _write(self) -> None:
         save_file(self._open, self._part(self._count), metadata={"format": "pt"})
         self._count, self._total, self._size, self._open = self._count + 1, self._total + self._size, 0, {}
-        gc.collect()
 
     def _part(self, index: int) -> Path:
         return self._folder / f"part-{index}.safetensors"

@@ -26,9 +26,10 @@ class TransformersConsumer:
 
     @classmethod
     def merged(cls, folder: Path) -> "TransformersConsumer":
-        """Load a merged model with the dtype of its files; it must know itself how to stop."""
+        """Load a merged model with the dtype of its files, on a CPU in float32 as everywhere here; it must know itself how to stop."""
+        dtype = "auto" if torch.cuda.is_available() else torch.float32
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", device_map={"": _device()}, trust_remote_code=False, local_files_only=True
+            folder, dtype=dtype, device_map={"": _device()}, trust_remote_code=False, local_files_only=True
         )
         return cls(model, folder, f"transformers {importlib.metadata.version('transformers')}", None)
 
