@@ -15,7 +15,9 @@ from intern.runs.directory import Run
 def settings_of(run, out, **keys):
     """Checked settings as the command makes them."""
     values = {key: value for key, value in plain(composed(name="export")).items() if key != "run_dir"}
-    return read_settings(values | {"out": str(out), "prompts": 6, "max_new_tokens": 24} | keys, run)
+    return read_settings(
+        values | {"out": out if out is None else str(out), "prompts": 6, "max_new_tokens": 24} | keys, run
+    )
 
 
 @pytest.fixture(scope="session")
