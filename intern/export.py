@@ -15,10 +15,14 @@ from intern.units import MIB
 @command("export")
 def main(cfg: DictConfig) -> None:
     """Write a finished run for other programs, and prove that it is still the model that was evaluated."""
-    from intern.exporting.settings import check_empty, read_settings  # heavy from here on: keeps --help fast
+    from intern.exporting.settings import check_empty, read_settings
 
     run = resolve(cfg.run_dir)
     settings = read_settings({key: value for key, value in plain(cfg).items() if key != "run_dir"}, run)
+    is_written = settings.upload and settings.out is not None and (settings.out / "export.json").is_file()
+    if settings.out is not None and not is_written:
+        check_empty(settings.out)
+    # Heavy from here on: keeps wrong values fast.
     from intern.exporting.export import export, open_export, prove_command, prove_served
     from intern.exporting.hub import check_files, upload
 
@@ -28,11 +32,7 @@ def main(cfg: DictConfig) -> None:
         say(f"{settings.prove}: proven in {record['program']}: {equal} of {asked} greedy answers are equal")
         return
     assert settings.out is not None
-    if settings.upload and (settings.out / "export.json").is_file():  # listed by the call before
-        done = open_export(settings.out, run)
-    else:
-        check_empty(settings.out)
-        done = export(run, settings)
+    done = open_export(settings.out, run) if is_written else export(run, settings)
     for name, size in done.sizes.items():
         sys.stdout.write(f"{size / MIB:10,.1f} MiB  {visible(name)}\n")
     if (figures := done.record["figures"]) is not None:

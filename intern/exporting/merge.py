@@ -143,9 +143,9 @@ def _plain(name: str, module: nn.Module, original: Original | None) -> Iterator[
             yield key, original(whole)
         else:
             yield key, dequantize_module_weight(module).data if key == "weight" else parameter.data
-    for key, buffer in module.named_buffers(recurse=False):
-        if key not in module._non_persistent_buffers_set:
-            yield key, buffer
+    if buffers := dict(module.named_buffers(recurse=False)):
+        persistent = module.state_dict()
+        yield from ((key, buffer) for key, buffer in buffers.items() if key in persistent)
 
 
 def _merged(name: str, module: Any, original: Original | None) -> Iterator[tuple[str, torch.Tensor]]:
