@@ -557,6 +557,46 @@ TABLE = (
         "has the model types that need no lora.target_modules",
         "loud",
     ),
+    Upstream(
+        f"{_LORA}.layer:Linear.merge",
+        ("intern.exporting.merge:_merged",),
+        "adds an adapter of any variant to base_layer's weight and bias, and needs of the layer only what quantized layers have too",
+        "loud, or silent: merged models differ from the evaluated ones (every export is compared with its run)",
+        "(self, safe_merge, adapter_names)",
+        (
+            "base_layer = self.get_base_layer()",
+            "self.lora_variant[active_adapter].merge_safe",
+            "self.merged_adapters.append",
+        ),
+    ),
+    Upstream(
+        "peft.tuners.trainable_tokens:TrainableTokensLayer.merge",
+        ("intern.exporting.merge:_merged",),
+        "puts the trained rows into base_layer's weight",
+        "loud",
+        "(self, safe_merge, adapter_names)",
+        ("self.base_layer.weight.data = merged",),
+    ),
+    Upstream(
+        "peft.utils.integrations:dequantize_module_weight",
+        ("intern.exporting.merge:_plain_layer", "intern.exporting.merge:_plain"),
+        "returns the weights of bitsandbytes' layers dequantized, and all others as they are",
+        "loud",
+        "(module)",
+    ),
+    Upstream(
+        "peft.utils.other:AuxiliaryTrainingWrapper",
+        ("intern.exporting.merge:_merged",),
+        "wraps modules that are saved whole (ModulesToSaveWrapper) and embeddings with trained rows (TrainableTokensWrapper)",
+        "silent: their weights are exported under other names, which the consumer reports as missing",
+    ),
+    Upstream(
+        "transformers.core_model_loading:revert_weight_conversion",
+        ("intern.exporting.merge:write_merged",),
+        "gives weights the names and the form of the model's published files, one weight at a time",
+        "loud",
+        "(model, state_dict)",
+    ),
     # --- bitsandbytes
     Upstream(
         "bitsandbytes.backends.cuda.ops:_dequantize_4bit_impl",

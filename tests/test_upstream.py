@@ -30,6 +30,7 @@ LIBRARIES = {
 DOCUMENTED = {
     *("torch.utils.data", "torch.utils.hooks", "torch.utils.tensorboard", "torch.nn.attention.varlen", "safetensors.torch"),
     *("transformers.trainer_callback", "transformers.trainer_utils", "transformers.training_args", "transformers.utils"),
+    "huggingface_hub.utils",
     *("huggingface_hub.errors", "datasets.exceptions", "omegaconf.errors", "optuna.distributions", "submitit.helpers"),
     *("hydra.conf", "hydra.errors", "hydra.types", "hydra.core.plugins", "hydra.experimental.callback"),
     *("hydra.plugins.launcher", "hydra.plugins.sweeper", "lm_eval.models.huggingface", "lm_eval.tasks", "accelerate.utils.DynamoBackend"),

@@ -21,6 +21,7 @@ WORDS = frozenset(
     {
         "against",
         "base_model",
+        "base_name",
         "context",
         "data.chat_template",
         "data.eval_file",
@@ -42,7 +43,9 @@ WORDS = frozenset(
         "model.quantized_cache",
         "name",
         "notes",
+        "out",
         "output_dir",
+        "prove",
         "question",
         "resume",
         "run_dir",
