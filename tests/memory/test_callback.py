@@ -219,7 +219,7 @@ def test_the_plan_is_for_the_largest_coming_batch(padding_free, tmp_path):
 @pytest.mark.parametrize("form", [{}, {"offloaded": True}, {"offloaded": True, "tiled": True}])
 def test_a_layer_with_dropout_draws_the_same_again_when_it_recomputes(form, tmp_path, monkeypatch):
     """Otherwise gradients belong to another network than the loss, and nothing says so."""
-    monkeypatch.setattr(intern.memory.apply, "_TILE_TOKENS", 8)
+    monkeypatch.setattr(intern.memory.apply, "TILE_TOKENS", 8)
 
     def trained(checkpointed):
         monkeypatch.setattr(FitMemory, "_measured", lambda fit, chooser: MemoryPlan(4, checkpointed, 0, 0, **form))

@@ -286,7 +286,7 @@ def test_every_form_of_the_memory_plan_trains_the_same_adapters(form, tmp_path, 
     plan = MemoryPlan(**{"layers": 4, "checkpointed": 4, "peak": 0, "budget": 0} | form)
     fit = Made(FitMemory, Run(tmp_path))
     monkeypatch.setattr(FitMemory, "_measured", lambda fit, chooser: plan)
-    monkeypatch.setattr(intern.memory.apply, "_TILE_TOKENS", 8)  # tokens: rows of 30 go in four pieces
+    monkeypatch.setattr(intern.memory.apply, "TILE_TOKENS", 8)  # tokens: rows of 30 go in four pieces
     expected, _ = trained_adapters(tmp_path, ())
     found, _ = trained_adapters(tmp_path, (), fit)
     assert fit.callback.plan == plan
