@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     if settings.prove is not None:
         record = prove_served(run, settings)
         equal, asked = record["served"]["answers_equal"], record["served"]["prompts"]
-        say(f"{settings.prove}: proven in {record['program']}: {equal} of {asked} greedy answers are equal")
+        say(f"{settings.prove}: the server answers as the evaluated model: {equal} of {asked} greedy answers are equal")
         return
     assert settings.out is not None
     done = open_export(settings.out, run) if is_written else export(run, settings)

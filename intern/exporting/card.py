@@ -100,7 +100,7 @@ def _proof(record: dict[str, Any]) -> str:
         ]
     if (served := record["served"]) is not None:
         lines.append(
-            f"Asked through the server of {record['program']}: {served['answers_equal']} of {served['prompts']} greedy answers are equal, "
+            f"Asked through a server started for {record['program']} (which program answered is not checked): {served['answers_equal']} of {served['prompts']} greedy answers are equal, "
             f"{served['stops']} end by themselves (of the evaluated model {served['reference_stops']})."
         )
     elif record["prove"] is not None:

@@ -71,7 +71,7 @@ def prove_served(run: Run, settings: Settings) -> dict[str, Any]:
 
     Args:
         run: the run that was exported.
-        settings: with `prove`, `server` and `model`.
+        settings: with `prove` and `server`.
 
     Returns:
         The new export.json.
@@ -80,8 +80,8 @@ def prove_served(run: Run, settings: Settings) -> dict[str, Any]:
         UserError: the folder is no export of this run.
         RunError: the server cannot be reached, or does not answer like the evaluated model; the export stays as it was.
     """
-    assert settings.prove is not None and settings.server is not None and settings.model is not None
-    folder = settings.prove
+    assert settings.prove is not None and settings.server is not None
+    folder, server = settings.prove, settings.server
     record, settings = read_record(folder, settings)
     _, kind = find_format(settings)
     facts = read_facts(run)
@@ -89,7 +89,7 @@ def prove_served(run: Run, settings: Settings) -> dict[str, Any]:
         raise UserError(f"prove={folder}: is not an export of {run.path}: give its run with run_dir=...")
     job = build_job(run, settings)
     reference = build_reference(job.loaded, settings.eval_file, settings.prompts, settings.max_new_tokens)
-    served = ask_server(reference, settings.server or "", settings.model or "")
+    served = ask_server(reference, server, settings.served_name)
     if found := served_faults(served, kind.is_close(settings)):
         raise RunError(f"prove={folder}: {kind.program} does not answer like the evaluated model: {'; '.join(found)}")
     record |= {"served": served, "prove": None}
@@ -166,7 +166,7 @@ def _record(job: Job, name: str, kind: Format, figures: Figures | None) -> dict[
     proven = figures is not None and kind.is_consumer
     later = None
     if not proven and kind.serve is not None:
-        later = f"{kind.serve('.')}\npython -m intern.export run_dir=RUN prove=. server={kind_url(name)} model=intern"
+        later = f"{kind.serve('.')}\npython -m intern.export run_dir=RUN prove=. server={kind.url}"
     return {
         "schema_version": SCHEMA_VERSION,
         "format": name,
@@ -181,11 +181,6 @@ def _record(job: Job, name: str, kind: Format, figures: Figures | None) -> dict[
         "prove": later,
         "stop_ids": list(job.prompt.stop_ids),
     }
-
-
-def kind_url(name: str) -> str:
-    """Return where a format's server listens as its command starts it."""
-    return "http://localhost:11434/v1" if name == "ollama" else "http://localhost:8000/v1"
 
 
 def prove_command(record: dict[str, Any], run: Run, folder: Path) -> str | None:

@@ -34,6 +34,7 @@ class Format:
         program: what the files are for.
         is_consumer: whether `consumer` is that program. If it is not, the program itself can be proven later, through its server.
         serve: the command that starts the program's server with a folder; None if it has none.
+        url: where that server listens then.
     """
 
     summary: str
@@ -45,6 +46,7 @@ class Format:
     program: str
     is_consumer: bool = True
     serve: Callable[[Path | str], str] | None = None
+    url: str = "http://localhost:8000/v1"
 
     def is_close(self, settings: Settings) -> bool:
         """Return whether the format keeps so much precision that most greedy answers stay equal."""
@@ -103,6 +105,7 @@ FORMATS: dict[str, Format] = {
         "Ollama",
         is_consumer=False,
         serve=how_to_ask.ollama_command,
+        url="http://localhost:11434/v1",
     ),
     "vllm": _merged("one plain model in safetensors, for vLLM", how_to_ask.vllm, "vLLM", how_to_ask.vllm_command),
     "mlx": _merged(

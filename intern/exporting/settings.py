@@ -38,7 +38,7 @@ class Settings:
     max_mean_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
     prove: Path | None
     server: str | None
-    model: str | None
+    served_name: str
 
 
 def read_settings(values: dict[str, Any], run: Run) -> Settings:
@@ -56,7 +56,7 @@ def read_settings(values: dict[str, Any], run: Run) -> Settings:
         if isinstance(values.get(key), str):
             values[key] = Path(values[key]).expanduser()
     values = {
-        key: str(value) if key in ("repo", "model", "license") and value is not None else value
+        key: str(value) if key in ("repo", "served_name", "license") and value is not None else value
         for key, value in values.items()
     }
     try:
@@ -69,8 +69,8 @@ def read_settings(values: dict[str, Any], run: Run) -> Settings:
         if value is not None:
             _check_repo(name, value)
     if settings.prove is not None:
-        if settings.server is None or settings.model is None:
-            raise UserError("prove: give server=http://HOST:PORT/v1 and model=NAME too")
+        if settings.server is None:
+            raise UserError("prove: give server=http://HOST:PORT/v1 too")
         return settings
     if settings.format == "hub" and settings.repo is None:
         raise UserError("format=hub: give repo=OWNER/NAME")

@@ -19,7 +19,7 @@ COMMANDS += [path.parent.name for path in (ROOT / "intern").glob("*/__main__.py"
 
 
 def test_there_are_commands():
-    assert COMMANDS == ["compare", "doctor", "evaluate", "preview", "query", "train", "verify", "runs"]
+    assert COMMANDS == ["compare", "doctor", "evaluate", "export", "preview", "query", "train", "verify", "runs"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -56,6 +56,7 @@ KEYS = {
     "preview": ["html", "lengths", "data.train_file"],
     "doctor": ["run_dir", "model.pretrained_model_name_or_path"],
     "verify": ["data.system_prompt"],
+    "export": ["run_dir", "out", "base_model", "base_name", "eval_file", "prove"],
 }
 
 

@@ -6,20 +6,45 @@ import pytest
 from conftest import settings_of
 from helpers import command
 
-from intern.errors import UserError
+from intern.errors import RunError, UserError
+from intern.exporting.export import export
+from intern.exporting.exported_model import ExportedModel
 from intern.runs.directory import Run
 
 
-def test_the_command_writes_a_proven_export_that_is_never_half_there(trained_run, tmp_path):
+def test_an_export_lands_proven_and_is_asked_like_the_run(job, tmp_path):
     out = tmp_path / "shipped" / "mine"
-    line = ("intern.export", f"run_dir={trained_run}", f"out={out}", "prompts=3", "max_new_tokens=8")
-    done = command(*line)
+    done = export(job.run, settings_of(job.run, out, prompts=3, max_new_tokens=8))
     record = json.loads((out / "export.json").read_text(encoding="utf-8"))
+    assert record == done.record
     assert record["proven"] is True
     assert record["figures"]["mean_kl"] < record["limit_mean_kl"] == 0.001
-    assert {"model.safetensors", "config.json", "README.md", "prompt.json"} <= {file.name for file in out.iterdir()}
+    assert {"model.safetensors", "config.json", "README.md", "prompt.json"} <= set(done.sizes)
+    asked = ExportedModel(out, {"max_new_tokens": 24})
+    question = "How many trips were there in 2024?"
+    assert asked.answer(question) == job.loaded.answer(question) != ""
+    with pytest.raises(UserError, match="is not empty"):
+        export(job.run, settings_of(job.run, out))
+
+
+def test_an_export_that_is_not_the_evaluated_model_leaves_nothing(job, tmp_path):
+    with pytest.raises(
+        RunError, match=r"the export is not the model that was evaluated: weights: .* Nothing was written"
+    ):
+        export(job.run, settings_of(job.run, tmp_path / "out", weights="original", prompts=3, max_new_tokens=8))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_command_shows_what_it_wrote(trained_run, tmp_path):
+    out = tmp_path / "mine"
+    line = ("intern.export", f"run_dir={trained_run}", f"out={out}", "prompts=3", "max_new_tokens=8")
+    done = command(*line)
     assert "model.safetensors" in done.stdout
     assert "mean KL divergence" in done.stderr
+    question = ("question=How many trips were there?", "generation.max_new_tokens=8")
+    answers = [command("intern.query", f"run_dir={folder}", *question).stdout for folder in (trained_run, out)]
+    assert answers[0] == answers[1] != ""
     refused = command(*line, check=False)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1

@@ -220,7 +220,7 @@ def test_an_export_whose_program_is_missing_says_so_and_how_to_prove_it(job, tmp
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "**Not proven**" in text
     assert "llama-server -m ./model.gguf" in text
-    assert "python -m intern.export run_dir=RUN prove=. server=http://localhost:8000/v1 model=intern" in text
+    assert "python -m intern.export run_dir=RUN prove=. server=http://localhost:8000/v1" in text
 
 
 def test_nothing_is_left_of_an_export_that_fails(tmp_path):

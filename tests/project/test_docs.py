@@ -30,6 +30,8 @@ NEEDS_MORE = {
     "quant": "a GPU",
     "trainer": "a GPU",
     "judge.url": "a server",
+    "server": "a server",
+    "repo": "the hub",
     "harness.tasks": "tasks from the hub",
     "hydra/launcher": "GPUs, SLURM or more processes",
     "base_model": "a run from another machine",
@@ -47,6 +49,7 @@ BRIEF = {  # what makes the other commands short; a command of the docs that giv
     "preview": [*TINY[:1], *TINY[2:4], "lengths=null"],
     "doctor": [*TINY[:4]],
     "runs": [],
+    "export": ["prompts=2", "max_new_tokens=4"],
 }
 
 
@@ -104,7 +107,7 @@ def commands():
 
 def test_the_pages_have_commands_of_every_kind():
     shown = {command.module for command in commands()}
-    assert shown >= {"train", "query", "evaluate", "compare", "preview", "doctor", "verify", "runs"}
+    assert shown >= {"train", "query", "evaluate", "compare", "preview", "doctor", "verify", "runs", "export"}
     assert len(commands()) > 60
 
 
@@ -177,7 +180,9 @@ def one_of_each(command):
             yield f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
 
 
-@pytest.mark.parametrize("name", ["train", "query", "evaluate", "compare", "preview", "doctor", "verify", "runs"])
+@pytest.mark.parametrize(
+    "name", ["train", "query", "evaluate", "compare", "preview", "doctor", "verify", "runs", "export"]
+)
 def test_every_command_of_the_pages_composes(name):
     faults = []
     for command in commands():
@@ -192,7 +197,8 @@ def test_every_command_of_the_pages_composes(name):
 def test_keys_and_options_in_the_text_of_the_pages_exist():
     """`trainer.max_steps=300`, `quant=nf4_bf16` and the like, between backticks."""
     primary = [
-        composed(name=name) for name in ("train", "query", "evaluate", "compare", "preview", "doctor", "verify", "runs")
+        composed(name=name)
+        for name in ("train", "query", "evaluate", "compare", "preview", "doctor", "verify", "runs", "export")
     ]
     faults = []
     for page in PAGES:
@@ -292,7 +298,7 @@ def test_one_command_of_every_kind_runs(tmp_path):
         invented = re.search(r"CHECKPOINT|RUN|FOLDER|_ROWS", " ".join(command.words))
         if command.module not in (None, "verify") and not invented and not NEEDS_MORE.keys() & set(command.keys):
             chosen.setdefault(kind(command), command)
-    order = ["train", "query", "evaluate", "compare", "preview", "doctor", "runs"]
+    order = ["train", "query", "evaluate", "compare", "preview", "doctor", "runs", "export"]
     todo = sorted(
         chosen.values(), key=lambda one: (order.index(one.module), "resume" in one.keys, "--multirun" in one.words)
     )

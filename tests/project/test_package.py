@@ -59,5 +59,5 @@ def test_every_command_runs_from_an_installed_wheel_in_another_directory(wheel, 
     assert "| green |" in run("doctor", "experiment=tiny_cpu")
     assert "all marked seen_chunk" in run("preview", "experiment=tiny_cpu")
     scripts = {path.name for path in (site / "bin").iterdir()}
-    names = ("train", "query", "evaluate", "compare", "preview", "doctor", "verify", "runs")
+    names = ("train", "query", "evaluate", "compare", "preview", "doctor", "verify", "runs", "export")
     assert scripts == {f"intern-{name}" for name in names}
