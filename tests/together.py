@@ -1,5 +1,6 @@
 """Several processes that compute together, for tests: forked from one process that has the libraries loaded, which takes no seconds."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -11,7 +12,16 @@ import torch
 
 from intern.runs.directory import Run
 
+LOADED = (
+    *("helpers", "intern.training.finetune", "intern.display.plot", "peft.tuners.lora.bnb", "torch.distributed.nn"),
+    *(
+        "transformers.models.llama.modeling_llama",
+        "transformers.integrations.bitsandbytes",
+        "transformers.quantizers.auto",
+    ),
+)
 torch.set_num_threads(1)
+gc.freeze()  # in the process that is forked: collecting what it has would copy all of its memory
 
 
 def in_processes(work, path, *arguments, count=2):
@@ -20,7 +30,7 @@ def in_processes(work, path, *arguments, count=2):
     Returns for each what it returned (as JSON holds it), the name and text of its exception, or its exit code, negative after a signal.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["together", "helpers", "intern.training.finetune"])
+    context.set_forkserver_preload([*LOADED, "together"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,10 +65,8 @@ def _one(work, arguments, file, rank, count, port):
         file.write_text(json.dumps(f"{type(error).__name__}: {error}"))
 
 
-def train(path, overrides, event=None, rank=1, step=3):
+def train(path, cfg, event=None, rank=1, step=3):
     """Trains one process's part of a run; `event` happens to process `rank` at the end of `step`."""
-    from helpers import composed
-
     from intern import processes
     from intern.training.finetune import finetune
     from intern.training.health import Health
@@ -76,7 +84,7 @@ def train(path, overrides, event=None, rank=1, step=3):
         return usual(self, args, state, control, **kwargs)
 
     Health.on_step_end = on_step_end
-    return finetune(composed(*overrides), Run(path))
+    return finetune(cfg, Run(path))
 
 
 def peak(fails_in):
