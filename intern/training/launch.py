@@ -77,13 +77,13 @@ def start_processes(count: int, arguments: Sequence[str]) -> None:
 
 
 def check_processes(cfg: Any) -> None:
-    """Check that as many processes are here as the configuration says, and say if GPUs are left idle.
+    """Check that as many processes are here as the configuration says and can share its steps, and say if GPUs are left idle.
 
     Args:
         cfg: the composed conf/train.yaml, or that of a resumed run.
 
     Raises:
-        UserError: torchrun has started another number, or nothing has started several.
+        UserError: torchrun has started another number, nothing has started several, or a key of the trainer is only for one.
     """
     wanted, here = cfg.get("num_processes"), processes.place()
     if wanted is not None and wanted != here.size:
@@ -94,10 +94,32 @@ def check_processes(cfg: Any) -> None:
         raise UserError(
             f"num_processes={wanted}, but torchrun has started {here.size}: start {wanted}, or give num_processes={here.size}"
         )
+    if here.size > 1:
+        _check_shared(cfg.trainer)
     if not cfg.trainer.get("use_cpu") and processes.is_main():
         import torch
 
         if (there := torch.cuda.device_count()) > here.local_size:
             log.warning(
-                "this machine has %d GPUs, and %d are used: num_processes=%d uses all", there, here.local_size, there
+                "GPUs are left idle: this machine has %d, and this run uses %d; num_processes=%d uses all",
+                there,
+                here.local_size,
+                there,
             )
+
+
+def _check_shared(trainer: Any) -> None:
+    """Raise UserError for keys with which several processes would lose rows, repeat them, or weigh them differently."""
+    strategy = trainer.get("train_sampling_strategy")
+    if strategy not in (None, "random", "sequential"):
+        raise UserError(
+            f"trainer.train_sampling_strategy={strategy}: its order differs from process to process: leave it out, or train with one process"
+        )
+    if trainer.get("accelerator_config") is not None:
+        raise UserError(
+            "trainer.accelerator_config: decides how processes share batches: leave it out, or train with one process"
+        )
+    if trainer.get("average_tokens_across_devices") is False:
+        raise UserError(
+            "trainer.average_tokens_across_devices=false: each process would weigh its own tokens: leave it out, or train with one process"
+        )

@@ -1,6 +1,7 @@
 """The commands that train with several processes, as a user starts, stops and resumes them (docs/scale.md)."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -9,9 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, command
+from helpers import ROOT, command, composed, run_directory
+from hydra import compose, initialize_config_dir
 
+import intern.train
+from intern import processes
+from intern.errors import RunError, UserError
+from intern.paths import CONF_DIR
 from intern.runs.directory import Run
+from intern.training.launch import check_processes, processes_to_start, start_processes
 
 TRAIN = [
     *("experiment=tiny_cpu", "logger=none", "data.context=never", "data.eval_file=null", "trainer.warmup_steps=0"),
@@ -43,6 +50,85 @@ def begun(run, *arguments):
     return process, ranks
 
 
+@pytest.mark.parametrize(
+    ("does", "outcome"),
+    [
+        ("exit 0", None),
+        ("test $RANK = 0 && exit 2; sleep 30", 2),
+        ("test $RANK = 1 && exit 143; sleep 30", 143),
+        ("test $RANK = 1 && kill -9 $$; sleep 30", "process 1 of 2 was killed by SIGKILL (host memory?)"),
+    ],
+)
+def test_the_first_process_that_fails_ends_all_and_decides_the_exit_code(does, outcome, tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\necho "$WORLD_SIZE $*" >> {tmp_path}/calls\n{does}\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    start = time.monotonic()
+    try:
+        start_processes(2, ["lora.r=4"])
+        ended = None
+    except (SystemExit, RunError) as error:
+        ended = error.code if isinstance(error, SystemExit) else str(error)
+    assert ended == outcome and time.monotonic() - start < 20
+    assert (tmp_path / "calls").read_text().splitlines() == ["2 -m intern.train lora.r=4"] * 2
+
+
+def test_another_process_than_0_works_in_its_folder_with_a_log_file_of_its_own(monkeypatch):
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(processes, "announced", lambda name: {"hydra.run.dir": "/the run", "resume": "/the run"})
+    overrides = intern.train._in_place(["lora.r=4", "resume=latest", "hydra.run.dir=elsewhere"])
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("train", overrides=overrides, return_hydra_config=True)
+    assert (cfg.lora.r, cfg.resume, cfg.hydra.run.dir) == (4, "/the run", "/the run")
+    handlers = cfg.hydra.job_logging.handlers
+    assert handlers.file.filename == "/the run/train.rank1.log" and handlers.console.level == "ERROR"
+    with pytest.raises(UserError, match="torchrun starts one run"):
+        intern.train._in_place(["--multirun", "lora.r=4,8"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stored", "torchrun", "count"),
+    [(None, None, False, 1), (2, None, False, 2), (None, 2, False, 2), (1, 2, False, 1), (2, None, True, 1)],
+)
+def test_processes_are_started_as_configured_or_as_a_resumed_run_had_unless_torchrun_has(
+    wanted, stored, torchrun, count, tmp_path, monkeypatch
+):
+    run = run_directory(tmp_path / "run", **({"num_processes": stored} if stored else {}))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if torchrun else ():
+        monkeypatch.setenv(name, "1")
+    assert processes_to_start(wanted, run, is_resumed=stored is not None) == count
+
+
+def test_gpus_that_are_left_idle_are_said_in_one_line(monkeypatch, caplog):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with caplog.at_level(logging.WARNING, "intern"):
+        check_processes(composed("trainer=ampere"))
+        check_processes(composed("experiment=tiny_cpu"))
+    assert caplog.messages == ["GPUs are left idle: this machine has 4, and this run uses 1; num_processes=4 uses all"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+trainer.train_sampling_strategy=group_by_length",
+        "+trainer.accelerator_config={even_batches: false}",
+        "+trainer.average_tokens_across_devices=false",
+    ],
+)
+def test_keys_with_which_processes_cannot_share_a_step_are_refused_by_name(override, monkeypatch):
+    check_processes(composed("experiment=tiny_cpu", override))
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    check_processes(composed("experiment=tiny_cpu"))
+    key = override.lstrip("+").partition("=")[0]
+    with pytest.raises(UserError, match=rf"{key}.*: leave it out, or train with one process"):
+        check_processes(composed("experiment=tiny_cpu", override))
+
+
+@pytest.mark.slow
 def test_a_mistake_is_one_line_of_process_0_and_leaves_no_folder(rows, tmp_path):
     target = tmp_path / "run"
     done = command(

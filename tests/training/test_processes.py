@@ -16,9 +16,9 @@ from intern.training.finetune import finetune
 
 ROWS = 11  # in batches of 2: the third step of an epoch has one batch of 2 rows and one of 1, or none, for the second process
 SHORT = [
-    *("experiment=tiny_cpu", "logger=none", "data.context=never", "trainer.warmup_steps=0", "trainer.logging_steps=1"),
+    *("experiment=tiny_cpu", "logger=none", "data.context=never", "trainer.warmup_steps=0", "trainer.logging_steps=2"),
     *("trainer.packing=false", "trainer.per_device_train_batch_size=2", "trainer.max_steps=8", "trainer.min_steps=8"),
-    *("trainer.eval_strategy=steps", "trainer.eval_steps=5", "trainer.eval_answers=2", "trainer.save_steps=5"),
+    *("trainer.eval_strategy=steps", "trainer.eval_steps=5", "trainer.save_steps=5"),
     *("trainer.per_device_eval_batch_size=3",),
 ]
 TIMES = ("_runtime", "_per_second", "_seconds")
@@ -37,7 +37,7 @@ def overrides(tmp_path_factory):
 @pytest.fixture
 def brief(overrides):
     """Those of a run that only trains."""
-    return [*overrides, "data.eval_file=null", "trainer.eval_strategy=no", "trainer.eval_answers=0"]
+    return [*overrides, "data.eval_file=null", "trainer.eval_strategy=no"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def timeless(values):
 
 def test_two_processes_train_like_one_with_the_same_rows_in_a_step(alone, pair):
     ours, theirs = pair.read_history(), alone.read_history()
-    assert [entry["step"] for entry in ours] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert [entry["step"] for entry in ours] == [2, 4, 5, 6, 8, 8]
     for one, other in zip(ours, theirs, strict=True):
         assert timeless(one) == pytest.approx(timeless(other), abs=1e-5), one["step"]
     assert timeless(pair.read_json(pair.metrics)) == pytest.approx(timeless(alone.read_json(alone.metrics)), abs=1e-5)
@@ -77,7 +77,13 @@ def test_two_processes_train_like_one_with_the_same_rows_in_a_step(alone, pair):
 
 @pytest.mark.slow
 def test_four_processes_train_packs_like_one(overrides, tmp_path):
-    packed = [*overrides, "trainer.packing=true", "trainer.per_device_train_batch_size=1", "trainer.max_length=200"]
+    packed = [
+        *overrides,
+        "trainer.packing=true",
+        "trainer.eval_answers=2",
+        "trainer.per_device_train_batch_size=1",
+        "trainer.max_length=200",
+    ]
     one, four = Run(tmp_path / "one"), Run(tmp_path / "four")
     one.path.mkdir()
     finetune(composed(*packed, "trainer.gradient_accumulation_steps=4"), one)
@@ -92,7 +98,7 @@ def test_one_process_writes_and_the_checkpoint_has_the_random_states_of_all(pair
     assert examine(checkpoint, pair.path).kind is Kind.WHOLE
     assert sorted(file.name for file in checkpoint.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
     assert pair.read_config().num_processes == pair.read_json(pair.environment)["processes"] == 2
-    assert len(pair.history.read_text().splitlines()) == 9
+    assert len(pair.history.read_text().splitlines()) == 6
 
 
 def test_two_processes_resume_bit_for_bit_in_the_second_epoch(pair, overrides, tmp_path):
@@ -141,12 +147,13 @@ def test_sigterm_to_one_process_saves_one_checkpoint_and_ends_all(brief, tmp_pat
             ],
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "weights",
             [
                 "RunError: the processes of this run have different adapter weights at step 3: their gradients were not summed"
             ]
             * 2,
+            marks=pytest.mark.slow,
         ),
     ],
 )
