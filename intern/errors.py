@@ -16,6 +16,10 @@ class RunError(RuntimeError):
     """A run that cannot go on although its input is good. The message says what happened and what to do, in one line."""
 
 
+class LostProcess(RunError):
+    """Another process of the same run has ended, so this one cannot go on. Why is in the other's own message."""
+
+
 def one_line(error: BaseException) -> str:
     """An error's message on one line; the name of its class before it where the message alone was not written for users."""
     text = " ".join(str(error).split())

@@ -667,7 +667,40 @@ TABLE = (
         "silent: skipped fp16 steps count as steps, no loss scale is logged",
         source=("self.optimizer = optimizer", "self.scaler = scaler", "def step_was_skipped(self)"),
     ),
+    Upstream(
+        "accelerate.data_loader:BatchSamplerShard._iter_with_no_split",
+        ("intern.training.shared_batches:share_batches",),
+        "passes on every batch of a whole round of all processes, of any size if batch_size is None",
+        "silent: with several processes rows are lost or trained twice (a test compares with one process)",
+        "(self)",
+        ("self.batch_size is None or len(batch) == self.batch_size", "yield batch_to_yield"),
+    ),
+    Upstream(
+        "accelerate.data_loader:DataLoaderShard.set_epoch",
+        ("intern.training.shared_batches:share_batches",),
+        "sets the epoch of the sampler of its batch sampler, and of the batch sampler in that one",
+        "silent: a run of several processes that resumes after its first epoch trains its rows in another order (a test compares)",
+        "(self, epoch)",
+        ("self.batch_sampler.sampler.set_epoch(epoch)", "self.batch_sampler.batch_sampler.sampler.set_epoch(epoch)"),
+    ),
+    Upstream(
+        f"{_TRAINER}.evaluation_loop",
+        (f"{_OURS}.evaluation_loop",),
+        "collects the losses of all processes with gather_function, each repeated for the rows of a full batch",
+        "silent: with several processes the golden loss counts some rows twice (a test compares with one process)",
+        "(self, dataloader, description, ...)",
+        (
+            "losses = self.gather_function(losses.repeat(batch_size))",
+            "self.gather_function = self.accelerator.gather_for_metrics",
+        ),
+    ),
     # --- torch
+    Upstream(
+        "torch.distributed.launcher.api",
+        ("intern.training.launch:start_processes",),
+        "elastic_launch(LaunchConfig(...), program)(*arguments) is what torchrun does; raises ChildFailedError or SignalException",
+        "loud: num_processes above 1 fails at once (torchrun itself still works)",
+    ),
     Upstream(
         "torch:ops.aten._efficient_attention_forward",
         ("intern.kernels.isolated_attention:_memory_efficient",),

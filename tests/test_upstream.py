@@ -28,6 +28,7 @@ LIBRARIES = {
 }  # fmt: skip
 # Import paths below the top level that the libraries document.
 DOCUMENTED = {
+    *("torch.distributed", "torch.distributed.elastic.multiprocessing", "torch.distributed.elastic.multiprocessing.errors"),
     *("torch.utils.data", "torch.utils.hooks", "torch.utils.tensorboard", "torch.nn.attention.varlen", "safetensors.torch"),
     *("transformers.trainer_callback", "transformers.trainer_utils", "transformers.training_args", "transformers.utils"),
     "huggingface_hub.utils",

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from intern import processes
 from intern.cli import sweep
 from intern.runs.directory import Run
 
@@ -80,7 +81,9 @@ class Start:
             return
         self.has_begun = True
         open_logs()
-        if self._cfg.resume is None:  # a resumed run keeps the command line that it was started with
+        if (
+            self._cfg.resume is None and processes.is_main()
+        ):  # a resumed run keeps the command line that it was started with
             overrides = HydraConfig.get().overrides.task
             files = {"config": self._cfg, "hydra": HydraConfig.instance().cfg, "overrides": overrides}
             for name, content in files.items():

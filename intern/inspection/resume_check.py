@@ -75,7 +75,9 @@ def diff_runs(one: Run, other: Run, step: int) -> Iterator[Part]:
 
     yield _part("adapter", *(load_file(run.adapter / "adapter_model.safetensors") for run in (one, other)))
     names = {"optimizer.pt": "optimizer", "scheduler.pt": "learning rate schedule", "scaler.pt": "loss scale"}
-    for file, name in (names | {"rng_state.pth": "random states"}).items():
+    last = one.checkpoints / f"checkpoint-{step}"
+    generators = [path.name for path in sorted(last.glob("rng_state*.pth"))]  # of each process
+    for file, name in (names | dict.fromkeys(generators, "random states")).items():
         folders = [run.checkpoints / f"checkpoint-{step}" / file for run in (one, other)]
         if folders[0].is_file():
             from transformers.trainer_pt_utils import safe_globals

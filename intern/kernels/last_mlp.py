@@ -22,12 +22,17 @@ class WithPositions:
     """A collator that adds the scored positions to each batch.
 
     They are computed on the CPU, before the batch is copied: finding them on the GPU would make the CPU wait for it.
+
+    Args:
+        collate: the collator that makes the batch.
+        stand_in: the row of a batch without rows (intern/training/shared_batches.py).
     """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    stand_in: dict[str, Any]
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collate(rows)
+        batch = self.collate(rows or [self.stand_in])
         return {**batch, POSITIONS: positions(batch["labels"])}
 
 

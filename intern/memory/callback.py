@@ -11,12 +11,16 @@ How: measure.py chooses a plan, apply.py puts it into effect, recover.py makes i
 """
 
 import logging
+import shlex
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from intern import processes
+from intern.errors import RunError
 from intern.memory.apply import PlanApplier
 from intern.memory.batches import RunBatches, count_tokens_and_rows
 from intern.memory.measure import PlanChooser
@@ -68,13 +72,16 @@ class FitMemory(TrainerCallback):
         if not any(form.values()) and self._can_offload:  # the user requested no other form
             applier.use_own_checkpointing()
         stored = read_plan(self.run, len(applier.layers)) if state.global_step else None
+        if stored is not None and processes.place().size > 1:
+            stored = replace(stored, replayed=False)  # gradients of replayed graphs are not summed over the processes
         if stored is not None:
             log.info("%s, as before", applier.apply(stored))
         else:
             left = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
             chooser = PlanChooser(self.trainer, applier, batches, left, self._can_offload, self.cuda_graphs)
             plan = applier.apply(chooser.checkpoint_every_layer() if self.every_layer else self._measured(chooser))
-            write_plan(self.run, plan)
+            if processes.is_main():
+                write_plan(self.run, plan)
             if self.every_layer:
                 log.info("%s", plan)
         self.can_step_back = True
@@ -106,9 +113,16 @@ class FitMemory(TrainerCallback):
         """Make the plan safer after GPU memory ran out; the trainer then repeats the step.
 
         Raises:
-            RunError: nothing is left to give up.
+            RunError: nothing is left to give up, or there are several processes: the others have gone on and wait for this one's gradients.
         """
         assert self._applier is not None and self._applier.plan is not None
-        plan = self._applier.apply(safer_plan(self._applier.plan, self._can_offload))
+        plan = safer_plan(self._applier.plan, self._can_offload)
+        if processes.place().size > 1:
+            write_plan(self.run, plan)
+            raise RunError(
+                f"GPU memory ran out: python -m intern.train {shlex.quote(f'resume={self.run.path}')} goes on from the last checkpoint with "
+                f"{plan}"
+            )
+        plan = self._applier.apply(plan)
         write_plan(self.run, plan)
         log.warning("GPU memory ran out: this step is repeated, from now on with %s", plan)

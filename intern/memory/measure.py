@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from intern import processes
 from intern.errors import RunError
 from intern.hardware import available_memory
 from intern.kernels import cudnn_attention, cudnn_graphs
@@ -121,7 +122,8 @@ class PlanChooser:
         config = self.trainer.model.config.get_text_config()
         size = tokens * max(config.hidden_size, _query_width(config)) * _ELEMENT_BYTES
         pinned = 1 << (size - 1).bit_length()  # torch's allocator of pinned memory rounds up to powers of two
-        return tokens >= LONG_ROW_TOKENS * rows and 2 * self._layers * pinned <= available_memory() / 2
+        needed = 2 * self._layers * pinned * processes.place().local_size
+        return tokens >= LONG_ROW_TOKENS * rows and all(processes.gather(needed <= available_memory() / 2))
 
     def _no_plan(self, probe: Probe) -> str:
         """Return the message for a batch that does not fit, with the smallest change that was tried and fits."""

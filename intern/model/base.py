@@ -147,7 +147,7 @@ class Base:
             log.info("%s is published quantized: quant/ only sets the compute dtype", self.name)
         arguments = {
             "dtype": precision.dtype,
-            "device_map": {"": 0 if precision.device == "cuda" else "cpu"},
+            "device_map": {"": torch.cuda.current_device() if precision.device == "cuda" else "cpu"},
             "attn_implementation": self._attention(longest),
             "use_safetensors": True,
         }

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 
 from intern.config.secrets import masked
-from intern.errors import BusyError, RunError, UserError, one_line
+from intern.errors import BusyError, LostProcess, RunError, UserError, one_line
 from intern.runs.directory import Run
 from intern.runs.disk import unwritable
 from intern.runs.files import remove_file
@@ -42,6 +42,8 @@ def record_failure(run: Run, records_refusals: Callable[[], bool] = lambda: True
     try:
         yield
     except BusyError:
+        raise
+    except LostProcess:  # the process that has ended knows why, and has written it
         raise
     except Exception as error:  # of any kind: it is raised again for the command to show
         failure = {

@@ -15,7 +15,7 @@ from intern.training.optimizer import check_optimizer
 AUTO = "auto"  # a value of trainer.activation_checkpointing and trainer.use_liger_kernel besides true and false
 _UPLOAD = "nothing is uploaded during training: upload the finished adapter/ with hf upload"
 _SAME_PRECISION = "golden rows are scored in the precision of training"
-_ONE_PROCESS = "one process trains on one GPU"
+_WHOLE_BASE = "every process has the whole base on its GPU; num_processes says how many there are"
 _ROWS = "set by data: rows arrive as tokens and labels"
 # Keys of SFTConfig that conf/trainer must not set, and what sets them.
 _SET_ELSEWHERE = {
@@ -47,11 +47,12 @@ _SET_ELSEWHERE = {
     "hub_revision": _UPLOAD,
     "bf16_full_eval": _SAME_PRECISION,
     "fp16_full_eval": _SAME_PRECISION,
-    "deepspeed": _ONE_PROCESS,
-    "fsdp": _ONE_PROCESS,
-    "fsdp_config": _ONE_PROCESS,
-    "parallelism_config": _ONE_PROCESS,
-    "local_rank": _ONE_PROCESS,
+    "deepspeed": _WHOLE_BASE,
+    "fsdp": _WHOLE_BASE,
+    "fsdp_config": _WHOLE_BASE,
+    "parallelism_config": _WHOLE_BASE,
+    "local_rank": "set by torchrun",
+    "ddp_backend": "NCCL between GPUs, Gloo between CPUs",
     "auto_find_batch_size": "set by trainer.activation_checkpointing=auto, which measures what fits",
     "activation_offloading": "set by trainer.activation_checkpointing=auto, which measures what fits",
     "dataloader_drop_last": "every row is trained",

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import DefaultFlowCallback, PrinterCallback, TrainerCallback
 
+from intern import processes
 from intern.memory.callback import FitMemory
 from intern.runs.directory import Run
 from intern.training.arguments import StepRules
@@ -35,14 +36,15 @@ class Callbacks:
 
     steps: OptimizerSteps
     interruption: Interruption
-    history: History
     window: LoggingWindow
+    history: History | None = None  # of process 0
     early_stopping: ResumableEarlyStopping | None = None
     memory: FitMemory | None = None
 
     def close(self) -> None:
         """Give back the terminal and the signal handlers, also if training failed."""
-        self.history.close()
+        if self.history is not None:
+            self.history.close()
         self.interruption.close()
 
 
@@ -68,7 +70,7 @@ def build_callbacks(
     callbacks = Callbacks(
         steps=steps,
         interruption=Interruption(),
-        history=History(run, steps, report),
+        history=History(run, steps, report) if processes.is_main() else None,
         window=LoggingWindow(trainer),
         early_stopping=ResumableEarlyStopping(patience, steps) if patience is not None else None,
         memory=build_memory(trainer) if build_memory is not None else None,

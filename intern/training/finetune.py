@@ -8,6 +8,7 @@ import shlex
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
+from intern import processes
 from intern.config.build import literal_text
 from intern.config.secrets import from_environment, storable
 from intern.display.progress import progress_bars
@@ -28,8 +30,9 @@ from intern.runs.lock import lock
 from intern.runs.names import given_name
 from intern.training.callbacks import build_callbacks
 from intern.training.golden_answers import answer_golden_questions, score_answers
-from intern.training.golden_loss import score_golden_rows
+from intern.training.golden_loss import score_golden_rows, with_golden_loss
 from intern.training.history import history_at
+from intern.training.launch import check_processes
 from intern.training.outcome import tell_outcome, warn_before_training
 from intern.training.plan import TrainingPlan, build_plan
 from intern.training.resume import (
@@ -51,7 +54,7 @@ log = logging.getLogger(__name__)
 def finetune(cfg: DictConfig, run: Run, sweep: str | None = None, begin: Callable[[], None] = lambda: None) -> float:
     """Train an adapter and write the run directory; resume from the last checkpoint if `run` has one.
 
-    A finished job of a sweep is not trained again.
+    A finished job of a sweep is not trained again. Several processes call it together; process 0 writes the run directory.
 
     Args:
         cfg: the composed conf/train.yaml.
@@ -69,7 +72,24 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None, begin: Callabl
     """
     route_messages()
     _forget_previous_job()
-    plan = build_plan(cfg, run)
+    check_processes(cfg)
+    processes.join(bool(cfg.trainer.get("use_cpu")), int(cfg.trainer.get("ddp_timeout", 1800)))
+    try:
+        score = _finetune(cfg, run, sweep, begin)
+    except SystemExit:  # interrupted, and so are the others
+        processes.leave()
+        raise
+    except RuntimeError as error:
+        if (lost := processes.lost_process(error)) is not None:
+            raise lost from error
+        raise
+    processes.leave()
+    return score
+
+
+def _finetune(cfg: DictConfig, run: Run, sweep: str | None, begin: Callable[[], None]) -> float:
+    with processes.main_first():  # the others find tokenized rows in the cache
+        plan = build_plan(cfg, run)
     cfg = _with_absolute_paths(cfg, plan)
     if run.finished and sweep is not None and not extends_training(cfg, run):
         check_same(cfg, run, {str(file.path): file.sha256 for file in plan.files})
@@ -77,6 +97,8 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None, begin: Callabl
         return run.score()
     log.info("%s", plan.data.found)
     log.info("%s", plan.precision)
+    if not processes.is_main():
+        return _train_along(cfg, run, plan, begin)
     _check_start(run, cfg, plan)
     with lock(run), explain_disk_errors(run), contextlib.ExitStack() as stack:
         _check_start(run, cfg, plan)  # again: another process may have trained in it meanwhile
@@ -91,6 +113,8 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None, begin: Callabl
         trackers = stack.enter_context(track(plan.logger, tracked))
         begin()  # from here on nothing is refused any more
         _write_start(run, cfg, plan, environment, history, unusable)
+        common = _Common(checkpoint, trackers.sample_answers)
+        processes.share(lambda: common)
         model, metrics = _train(base, run, plan, trackers, checkpoint)
         with run.new_adapter() as folder:
             model.save_pretrained(str(folder))
@@ -101,21 +125,47 @@ def finetune(cfg: DictConfig, run: Run, sweep: str | None = None, begin: Callabl
 
         with run.new_file(run.loss_plot) as file:
             title = given_name(run) or "/".join(run.path.parts[-2:])
-            plot_loss(_measured(run, metrics), file, metrics["best_step"], metrics.get("base_eval_loss"), title)
-        metrics |= peak_memory()
+            plot_loss(
+                with_golden_loss(run.read_history(), metrics),
+                file,
+                metrics["best_step"],
+                metrics.get("base_eval_loss"),
+                title,
+            )
+        metrics |= _highest(processes.gather(peak_memory()))
         run.write_json(run.metrics, metrics)
     tell_outcome(run, plan, metrics, is_job=sweep is not None)
     return run.score()
 
 
-def _measured(run: Run, metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the lines of history.jsonl, with the golden loss of the last step's weights if that step has none."""
-    history = run.read_history()
-    last = metrics["optimizer_steps"]
-    is_there = any(entry.get("optimizer_steps") == last and "eval_loss" in entry for entry in history)
-    if metrics["best_step"] is None and "eval_loss" in metrics and not is_there:
-        history.append({"step": last, "optimizer_steps": last, "eval_loss": metrics["eval_loss"]})
-    return history
+@dataclass(frozen=True)
+class _Common:
+    """What process 0 decides for all processes.
+
+    Args:
+        checkpoint: from which training resumes.
+        sample_answers: how many golden questions are answered for the trackers.
+    """
+
+    checkpoint: Path | None
+    sample_answers: int
+
+
+def _train_along(cfg: DictConfig, run: Run, plan: TrainingPlan, begin: Callable[[], None]) -> float:
+    """Do what process 0 does at the same time, without writing: every computation that needs all processes, in the same order."""
+    base = plan.base.load(plan.quant, plan.precision, plan.args.max_length)
+    common: _Common = processes.share(lambda: _Common(None, 0))
+    begin()
+    model, metrics = _train(base, run, plan, Trackers([]), common.checkpoint)
+    metrics |= score_golden_rows(model, plan)
+    _sample_answers(model, plan, common.sample_answers)
+    processes.gather(peak_memory())
+    return float(metrics.get("eval_loss", metrics["train_loss"]))
+
+
+def _highest(peaks: list[dict[str, float]]) -> dict[str, float]:
+    """Return the highest peak of memory of any process."""
+    return {name: max(one[name] for one in peaks) for name in peaks[0]}
 
 
 def _forget_previous_job() -> None:
@@ -146,6 +196,7 @@ def _environment(
     """Return what environment.json will hold. A run that resumes keeps its id and its sweep."""
     environment = {"run_id": uuid.uuid4().hex[:12], "sweep": sweep, "run_dir": str(run.path)} | describe(plan.files)
     environment["from_environment"] = sorted(from_environment(cfg))
+    environment["processes"] = processes.place().size
     if checkpoint is not None:
         before = run.read_json(run.environment)
         warn_if_environment_changed(before, environment)
@@ -222,7 +273,8 @@ def _train(
             shlex.quote(f"resume={run.path}"),
         )
         sys.exit(128 + signal)
-    note_early_stop(trainer, callbacks, run)
+    if processes.is_main():
+        note_early_stop(trainer, callbacks, run)
     return trainer.model, summarize(trainer, callbacks, plan)
 
 
@@ -242,6 +294,7 @@ def _with_absolute_paths(cfg: DictConfig, plan: TrainingPlan) -> DictConfig:
     cfg.pop("resume", None)
     cfg.model.pretrained_model_name_or_path = literal_text(plan.base.name)
     cfg.data.pop("sample", None)
+    cfg.num_processes = processes.place().size
     for key, value in plan.data.values.items():
         cfg.data[key] = (
             [literal_text(one) for one in value] if isinstance(value, list) else value and literal_text(value)

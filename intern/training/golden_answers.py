@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from intern import processes
 from intern.data.tokenize import turns
 from intern.evaluation.metrics import Answer, mean_score, training_metrics
 from intern.inference.generate import generate, positions_of
@@ -21,7 +22,7 @@ def score_answers(model: Any, plan: TrainingPlan) -> dict[str, float]:
 
 
 def answer_golden_questions(model: Any, plan: TrainingPlan, count: int, batch_size: int) -> list[dict[str, str]]:
-    """Answer golden questions, evenly spread over the file.
+    """Answer golden questions, evenly spread over the file. Several processes share them.
 
     Args:
         model: the model with its adapter.
@@ -50,7 +51,11 @@ def answer_golden_questions(model: Any, plan: TrainingPlan, count: int, batch_si
         histories=histories,
         systems=systems,
     )
-    asked = [index for index, one in enumerate(fits) if one is not None]
+    fitting = [index for index, one in enumerate(fits) if one is not None]
+    here = processes.place()
+    asked = [
+        index for place, index in enumerate(fitting) if place // batch_size % here.size == here.rank
+    ]  # whole batches
     answers = generate(
         model,
         plan.tokenizer,
@@ -62,7 +67,8 @@ def answer_golden_questions(model: Any, plan: TrainingPlan, count: int, batch_si
         histories=[histories[index] for index in asked],
         systems=[systems[index] for index in asked],
     )
-    texts = dict(zip(asked, (reply.text for reply in answers), strict=True))
+    mine = list(zip(asked, (reply.text for reply in answers), strict=True))
+    texts = dict(one for part in processes.gather(mine) for one in part)
     return [
         {"question": question, "reference": reference, "answer": texts.get(index, "")}
         for index, (question, reference) in enumerate(zip(questions, chosen["answer"], strict=True))

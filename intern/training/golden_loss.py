@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from intern import processes
 from intern.errors import RunError
 from intern.evaluation.bootstrap import paired_bootstrap
 from intern.inference.losses import answer_losses
@@ -29,6 +30,8 @@ _RESAMPLES = 1000
 
 def score_golden_rows(model: Any, plan: TrainingPlan) -> dict[str, Any]:
     """Return the loss on the golden answers, in nats per token (every token counts the same), its 95 % interval, and the base's loss.
+
+    Several processes share the rows.
 
     Args:
         model: the base with its adapter.
@@ -63,19 +66,24 @@ def score_golden_rows(model: Any, plan: TrainingPlan) -> dict[str, Any]:
 
 def _score(model: Any, plan: TrainingPlan) -> Losses:
     assert plan.eval is not None
-    rows = plan.eval.rows.to_list()
-    return answer_losses(model, rows, plan.tokenizer.pad_token_id, plan.args.per_device_eval_batch_size)
+    rows, size = plan.eval.rows.to_list(), plan.args.per_device_eval_batch_size
+    here = processes.place()
+    mine = [number for number in range(len(rows)) if number // size % here.size == here.rank]  # whole batches
+    losses = answer_losses(model, [rows[number] for number in mine], plan.tokenizer.pad_token_id, size)
+    found = {number: loss for part in processes.gather(list(zip(mine, losses, strict=True))) for number, loss in part}
+    return [found[number] for number in range(len(rows))]
 
 
 def _base_losses(model: Any, plan: TrainingPlan) -> Losses:
     """Return the base's losses: those of an earlier run with the same base and the same golden rows, or measured without the adapter."""
     file = _stored_file(plan)
-    if file is not None and (stored := _read(file, plan)) is not None:
+    stored = processes.share(lambda: _read(file, plan) if file is not None else None)
+    if stored is not None:
         return stored
     log.info("scoring them with the base too, to compare with")
     with model.disable_adapter():
         losses = _score(model, plan)
-    if file is not None:
+    if file is not None and processes.is_main():
         _store(file, losses)
     return losses
 
@@ -138,3 +146,17 @@ def _clusters(plan: TrainingPlan) -> list[Any]:
     assert plan.eval is not None and plan.eval_rows is not None
     contexts = dict(zip(plan.eval_rows["row"], plan.eval_rows["chunk_text"], strict=True))
     return [contexts.get(row) or row for row in plan.eval.origins["row"]]
+
+
+def with_golden_loss(history: list[dict[str, Any]], metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return log lines with the golden loss of the last step's weights, if that step was not evaluated.
+
+    Args:
+        history: the lines of history.jsonl.
+        metrics: those of metrics.json.
+    """
+    last = metrics["optimizer_steps"]
+    is_there = any(entry.get("optimizer_steps") == last and "eval_loss" in entry for entry in history)
+    if metrics["best_step"] is not None or "eval_loss" not in metrics or is_there:
+        return history
+    return [*history, {"step": last, "optimizer_steps": last, "eval_loss": metrics["eval_loss"]}]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from intern import processes
 from intern.errors import RunError
 from intern.runs.directory import Run
 from intern.training.steps import OptimizerSteps
@@ -25,6 +26,8 @@ _FEWEST_NORMS = 5  # gradient norms that make a median
 
 class Health(TrainerCallback):
     """Ends a run with a NaN or infinite loss, gradient norm or weight, before such weights become a checkpoint, and one that trains nothing.
+
+    Of several processes, all must have the same weights.
 
     With fp16, a NaN or infinite loss or gradient is normal: loss scaling skips the step (intern/training/steps.py). Gradients that explode
     but are clipped (trainer.max_grad_norm) may do no harm: they are a warning, once.
@@ -64,6 +67,11 @@ class Health(TrainerCallback):
             )
         if compares:
             self._first = None
+        if len({tuple(one) for one in processes.gather(norms.tolist())}) > 1:
+            raise RunError(
+                f"the processes of this run have different adapter weights at step {state.global_step}: their gradients were not summed; "
+                f"train with one process; {self._last_checkpoint()}"
+            )
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs, scales_loss = kwargs["logs"], getattr(kwargs.get("optimizer"), "scaler", None) is not None

@@ -10,14 +10,21 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from intern import processes
+
 log = logging.getLogger(__name__)
 
 
 class Interruption(TrainerCallback):
-    """On Ctrl-C or SIGTERM, finishes the step, saves a checkpoint and ends training; a second Ctrl-C ends it at once."""
+    """On Ctrl-C or SIGTERM, finishes the step, saves a checkpoint and ends training; a second Ctrl-C ends it at once.
+
+    Of several processes, each may get the signal: all of them stop after the same step.
+    """
 
     def __init__(self) -> None:
-        self.signal: int | None = None  # the signal that arrived
+        self.signal: int | None = None  # the signal that ends training, in all processes
+        self._arrived: int | None = None  # the one that this process got
+        self._is_alone = processes.place().size == 1
         self._handlers: dict[int, Any] = {}  # those from before training
 
     def on_train_begin(
@@ -30,13 +37,18 @@ class Interruption(TrainerCallback):
             self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        # torchrun repeats a SIGTERM that its processes may have got already.
+        if self._arrived is not None and (self._is_alone or number == signal.SIGINT):
             self.close()
             raise KeyboardInterrupt
-        self.signal = number
+        self._arrived = number
+        if self._is_alone:
+            self.signal = number
         log.warning("%s: saving a checkpoint after this step (Ctrl-C again: stop at once)", signal.Signals(number).name)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._is_alone:
+            self.signal = processes.largest(self._arrived or 0) or None
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
 

@@ -24,11 +24,13 @@ MAY_CHANGE = {
     "trainer.max_steps": "higher: the run trains longer; the learning rate follows the longer schedule from there on",
     "trainer.save_steps": "how often checkpoints are written",
     "trainer.save_total_limit": "how many checkpoints are kept",
+    "num_processes": "how many processes train, with trainer.gradient_accumulation_steps such that a step has the same rows",
     "name": "what the run is called",
     "notes": "why it was made",
     "data.num_proc": "how many processes tokenize",
     "logger.mode": "online, offline or disabled",
 }
+_ACCUMULATION = "trainer.gradient_accumulation_steps"  # changes with num_processes
 
 
 def resumed_config(run: Run, composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -55,7 +57,7 @@ def resumed_config(run: Run, composed: DictConfig, overrides: Sequence[str]) -> 
             continue
         value = OmegaConf.select(composed, key)
         is_choice = "." not in key and key != "seed"  # an option of a group changes many keys at once
-        if key not in MAY_CHANGE and (is_choice or value != OmegaConf.select(cfg, key)):
+        if key not in MAY_CHANGE and key != _ACCUMULATION and (is_choice or value != OmegaConf.select(cfg, key)):
             raise UserError(_refusal(key, run))
         OmegaConf.update(cfg, key, value, force_add=True)
     if missing:
@@ -79,11 +81,23 @@ def check_same(cfg: DictConfig, run: Run, data: dict[str, str]) -> None:
     """
     ours, theirs = _flat(plain(cfg)), _flat(plain(run.read_config()))
     stored = _flat(storable(cfg))
-    keys = (ours.keys() | theirs.keys()) - MAY_CHANGE.keys()
+    keys = (ours.keys() | theirs.keys()) - MAY_CHANGE.keys() - {_ACCUMULATION}
     # A value that follows another key (lora_alpha = 2 r) differs only because that one does: the other key is the one to name.
     for key in sorted(keys, key=lambda key: (_is_derived(cfg, key), key)):
         if theirs.get(key) not in (ours.get(key), stored.get(key)):
             raise UserError(_refusal(key, run))
+    batches, batches_before = (flat.get("num_processes", 1) * flat[_ACCUMULATION] for flat in (ours, theirs))
+    if batches != batches_before:
+        count = ours["num_processes"]
+        remedy = (
+            f"give {_ACCUMULATION}={batches_before // count}"
+            if batches_before % count == 0
+            else f"choose num_processes so that it divides {batches_before}"
+        )
+        raise UserError(
+            f"num_processes={count} {_ACCUMULATION}={ours[_ACCUMULATION]}: a step would have {batches} batches, and {run.path} was started "
+            f"with {batches_before}: {remedy}"
+        )
     most, before = ours["trainer.max_steps"], theirs["trainer.max_steps"]
     if 0 < most < before or most < 0 < before:
         raise UserError(
@@ -163,6 +177,8 @@ def warn_if_environment_changed(before: dict[str, Any], now: dict[str, Any]) -> 
     changed = [name for name, version in now["packages"].items() if before.get("packages", {}).get(name) != version]
     if before.get("gpu") != now["gpu"]:
         changed.append("the GPU")
+    if before.get("processes", 1) != now["processes"]:
+        changed.append("the number of processes")
     if changed:
         log.warning("%s changed since this run was started: it resumes, but not bit for bit", ", ".join(changed))
 

@@ -105,6 +105,14 @@ def the_seed_is_a_whole_number(cfg: Groups) -> str | None:
     return None if isinstance(seed, int) and not isinstance(seed, bool) else f"seed={seed}: must be a whole number"
 
 
+def processes_are_counted_in_whole_numbers(cfg: Groups) -> str | None:
+    """num_processes belongs to no library's class, so its type is checked here."""
+    count = cfg.get("num_processes")
+    if count is None or (isinstance(count, int) and not isinstance(count, bool) and count >= 1):
+        return None
+    return f"num_processes={count}: must be a whole number, at least 1: one process for each GPU"
+
+
 def name_and_notes_are_text(cfg: Groups) -> str | None:
     """A name is short, can be printed, and cannot be taken for a path's start or for a word that run_dir= knows; notes are text."""
     return words_fault(cfg.get("name"), cfg.get("notes"))
@@ -300,6 +308,7 @@ OF_VALUES: tuple[Callable[[Groups], str | None], ...] = (
     numbers_are_in_range,
     steps_are_counted_in_whole_numbers,
     the_seed_is_a_whole_number,
+    processes_are_counted_in_whole_numbers,
     name_and_notes_are_text,
     max_steps_is_a_number_of_steps_or_minus_one,
     max_steps_leave_room_for_min_steps,

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
+from intern import processes
 from intern.data.prompt import IGNORED
 from intern.errors import RunError
 from intern.kernels.install import InstalledKernels
@@ -20,6 +21,7 @@ from intern.kernels.lora_linear import forget_waiting
 from intern.runs.checkpoints import begin, examine, seal
 from intern.training.arguments import StepRules
 from intern.training.checkpoint_state import restore_callbacks
+from intern.training.shared_batches import RowLosses, share_batches, stand_in
 from intern.training.steps import OptimizerSteps, ResumableEarlyStopping
 from intern.upstream import forget_optimizers
 
@@ -63,10 +65,15 @@ class InternTrainer(SFTTrainer):
             args.max_length = None  # TRL refuses a length since it would not cut these rows; they are cut already
         prepared: Any = args.accelerator_config
         prepared.non_blocking = args.dataloader_pin_memory  # the next batch is copied while this one is computed
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = (
+                False  # every adapter is used by every batch, and a search for others takes time
+            )
         super().__init__(**kwargs)
         args.max_length = length
-        self.data_collator = WithPositions(self.data_collator)
-        # Counts and metrics of the batches since the last log entry, on their device: reading one waits for the GPU.
+        tokenizer: Any = self.processing_class
+        self.data_collator = WithPositions(self.data_collator, stand_in(tokenizer.pad_token_id))
+        # Counts and metrics of this process's batches since the last log entry, on their device: reading one waits for the GPU.
         self._tokens: list[torch.Tensor] = []
         self._sums: list[torch.Tensor] = []  # labels, entropy, labels that are the most probable token: (3,) each
         # TRL casts the adapters of a quantized model to bfloat16: fp16's GradScaler cannot unscale it, and small updates vanish in it.
@@ -156,41 +163,62 @@ class InternTrainer(SFTTrainer):
         """
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         sums = torch.stack([outputs.label_mask.sum(), outputs.entropy.sum(), outputs.is_top1.sum()])
-        self._sums.append(self.accelerator.gather(sums).view(-1, 3).sum(0))
+        self._sums.append(sums)
         items = len(outputs.log_probs) if num_items_in_batch is None else num_items_in_batch
         loss: torch.Tensor = -outputs.log_probs.sum() / torch.as_tensor(items).clamp(min=1)
         shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
         return loss * self.accelerator.num_processes if shared else loss
 
     def _read_metrics(self) -> None:
-        """Read what was counted since the last log entry: tokens for the state, metrics for the next entry. Waits for the GPU."""
+        """Read what all processes counted since the last log entry: tokens for the state, metrics for the next entry. Waits for the GPU."""
         if self._tokens:
-            self.state.num_input_tokens_seen += int(torch.stack(self._tokens).sum())
+            self.state.num_input_tokens_seen += int(self._over_processes(torch.stack(self._tokens).sum()))
         metrics = self._metrics["train"]
-        for labels, entropy, right in torch.stack(self._sums).tolist() if self._sums else []:
-            metrics["entropy"].append(entropy / max(1, labels))
-            metrics["mean_token_accuracy"].append(right / max(1, labels))
+        for labels, entropy, right in self.accelerator.gather(torch.stack(self._sums)).tolist() if self._sums else []:
+            if labels:  # a batch without rows has none
+                metrics["entropy"].append(entropy / labels)
+                metrics["mean_token_accuracy"].append(right / labels)
         self._tokens, self._sums = [], []
+
+    def _over_processes(self, counts: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over all processes, each of which has had the same number of batches."""
+        summed: torch.Tensor = self.accelerator.reduce(counts, reduction="sum")
+        return summed
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the library's, with batches that no two processes share. From here on each process draws random numbers of its own."""
+        loader: DataLoader = share_batches(super().get_train_dataloader(), self.args.world_size)
+        if self.args.process_index:
+            torch.manual_seed(
+                self.args.seed + self.args.process_index
+            )  # for dropout: the order of the rows is fixed by now
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Return the library's, with batches that no two processes share."""
+        loader: DataLoader = share_batches(super().get_eval_dataloader(eval_dataset), self.args.world_size)
+        return loader
 
     def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
         """Run the library's, and check that the first step's batches have labels: without any, every loss would be 0 / 0."""
         samples, tokens = super().get_batch_samples(*arguments)
         if not self._has_checked_labels and samples:
             self._has_checked_labels = True
-            if not any(bool((sample["labels"] != IGNORED).any()) for sample in samples):
+            here = any(bool((sample["labels"] != IGNORED).any()) for sample in samples)
+            if not processes.largest(int(here)):
                 raise RunError(
                     "no token of the first batch carries loss: look at the rows with python -m intern.preview"
                 )
         return samples, tokens
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count tokens that are not padding, as the library does, but read the count later."""
+        """Count tokens that are not padding, as the library does, but read the count later, and none of a batch without rows."""
         if "attention_mask" in inputs:
             tokens = inputs["attention_mask"].sum()
         else:
             tokenizer: Any = self.processing_class
             tokens = (inputs["input_ids"] != tokenizer.pad_token_id).sum()
-        self._tokens.append(self.accelerator.gather(tokens).sum())
+        self._tokens.append(tokens * (inputs["labels"] != IGNORED).any())
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **kwargs: Any) -> None:
         """Run the library's, after reading what was counted if anything will use it.
@@ -223,19 +251,32 @@ class InternTrainer(SFTTrainer):
         self._sums = []
 
     def evaluation_loop(self, *arguments: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Run the library's, and add the scores of answers before the metrics are logged and compared."""
+        """Run the library's, and add the scores of answers before the metrics are logged and compared. Processes share the rows."""
+        if self.args.world_size > 1 and self.eval_dataset is not None:
+            self.gather_function = RowLosses(self.accelerator.gather, len(self.eval_dataset))  # type: ignore[arg-type]
         output = super().evaluation_loop(*arguments, **kwargs)
         if self._answer_scores is not None and output.metrics is not None:
             output.metrics.update(self._answer_scores(self.model))
         return output
 
     def _save_checkpoint(self, *arguments: Any) -> None:
-        """Run the library's, then write the manifest. Older checkpoints are removed only after that, when this one is on the disk."""
+        """Run the library's, then write the manifest. Older checkpoints are removed only after that, when this one is on the disk.
+
+        Process 0 writes all of it but the states of the other processes' random generators.
+        """
         checkpoint = self._folder / f"checkpoint-{self.state.global_step}"
-        begin(checkpoint, self._folder.parent)
+        if self.args.world_size > 1:  # a checkpoint stores the loss of one process, which must stand for all of them
+            self._tr_loss.copy_(self._over_processes(self._tr_loss) / self.args.world_size)
+        if processes.is_main():
+            begin(checkpoint, self._folder.parent)
+        processes.wait()
         super()._save_checkpoint(*arguments)
-        seal(checkpoint, self._folder.parent)
-        rotate_checkpoints(str(self._folder), self._save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        processes.wait()
+        if processes.is_main():
+            seal(checkpoint, self._folder.parent)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(self._folder), self._save_total_limit, best, use_mtime=True)
+        processes.wait()
 
     def _load_best_model(self) -> None:
         """Run the library's, after checking that the best checkpoint is as it was written."""

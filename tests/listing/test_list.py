@@ -102,4 +102,5 @@ def test_a_story_tells_what_was_trained_and_what_came_of_it(trained_run, asked, 
 
 
 def test_an_empty_list_says_so(tmp_path, asked):
-    assert "No run is like that" in asked(tmp_path).stdout
+    assert "No runs below outputs/ or multirun/ in this folder" in asked(tmp_path).stdout
+    assert "No run is like that" in asked(tmp_path, "state=failed").stdout

@@ -23,7 +23,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.m
     (ROOT / "docs").glob("*.md")
 )
 FREE_TEXT = ("question", "context")
-EXTERNAL = {"hf", "wandb", "git", "cd", "pip", "eval"}
+EXTERNAL = {"hf", "wandb", "git", "cd", "pip", "eval", "torchrun"}
 # What cannot run here is composed by Hydra only, so that a key that was renamed still fails.
 NEEDS_MORE = {
     "model": "a model from the hub",
@@ -35,6 +35,7 @@ NEEDS_MORE = {
     "harness.tasks": "tasks from the hub",
     "hydra/launcher": "GPUs, SLURM or more processes",
     "base_model": "a run from another machine",
+    "num_processes": "processes of its own (tests/training/test_process_commands.py runs them)",
     "model.pretrained_model_name_or_path": "a model",
     "trainer.activation_checkpointing": "a GPU",
 }
