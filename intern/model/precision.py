@@ -28,7 +28,9 @@ class Precision:
     bf16: bool
 
     def __str__(self) -> str:
-        name = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+        name = torch.cuda.get_device_name() if self.device == "cuda" else cpu
         return f"{name}: {self.in_words}"
 
     @property

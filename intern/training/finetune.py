@@ -1,4 +1,7 @@
-"""A configuration and an empty run directory -> a finished run: the story of a training run, cheap checks first."""
+"""A configuration and an empty run directory -> a finished run: the story of a training run, cheap checks first.
+
+A little over 300 lines: what process 0 does and what the others do at the same time must be read together.
+"""
 
 import contextlib
 import functools
