@@ -751,6 +751,20 @@ TABLE = (
         source=("self._fingerprint: str = ",),
     ),
     Upstream(
+        "datasets.data_files:get_data_patterns",
+        ("intern.data.sources:_tables",),
+        "tells the splits of a folder by the names of its files",
+        "loud",
+        "(base_path, download_config)",
+    ),
+    Upstream(
+        "datasets.data_files:resolve_pattern",
+        ("intern.data.sources:_tables",),
+        "the files of a split",
+        "loud",
+        "(pattern, base_path, allowed_extensions, download_config)",
+    ),
+    Upstream(
         "huggingface_hub.constants:HF_HUB_OFFLINE",
         (
             "intern.inspection.doctor_pieces:DoctorPieces.online",
@@ -826,7 +840,7 @@ TABLE = (
     ),
     Upstream(
         "hydra.core.override_parser.types:QuotedString",
-        ("intern.cli.command:quoted",),
+        ("intern.cli.arguments:quoted",),
         "quotes a text so that Hydra's grammar reads exactly that text",
         "loud",
         "(text, quote)",

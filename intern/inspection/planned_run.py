@@ -99,7 +99,7 @@ class CardPieces(DoctorPieces):
         """What training computes in on the card."""
         from intern.model.precision import plan_for_gpu
 
-        _, *keys = self._precision_keys
+        _, *keys = self.precision_keys
         return plan_for_gpu(f"{self.card.name} (gpu={self.card.key})", self.card.has_bf16, *keys)
 
     @piece

@@ -269,7 +269,7 @@ class PlanPieces:
         """The rules that the keys of the precision must keep on any machine."""
         from intern.model.precision import check_training_precision
 
-        check_training_precision(*self._precision_keys)
+        check_training_precision(*self.precision_keys)
 
     @piece
     def precision(self) -> "Precision":
@@ -279,7 +279,7 @@ class PlanPieces:
         from intern.model.precision import Precision, plan_training
 
         if self._asks_gpu or self.on_cpu:
-            return plan_training(*self._precision_keys)
+            return plan_training(*self.precision_keys)
         return Precision("cpu", torch.float32, fp16=False, bf16=False)
 
     @piece
@@ -389,6 +389,6 @@ class PlanPieces:
         return functools.partial(FitMemory, run=self.run, every_layer=every_layer, cuda_graphs=self.rules.cuda_graphs)
 
     @property
-    def _precision_keys(self) -> tuple[bool, bool | None, bool | None, Any]:
+    def precision_keys(self) -> tuple[bool, bool | None, bool | None, Any]:
         compute_dtype = self.quant.compute_dtype if self.quant is not None else None
         return self.on_cpu, self.trainer.get("fp16"), self.trainer.get("bf16"), compute_dtype
