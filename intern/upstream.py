@@ -676,14 +676,6 @@ TABLE = (
         ("self.batch_size is None or len(batch) == self.batch_size", "yield batch_to_yield"),
     ),
     Upstream(
-        "accelerate.data_loader:DataLoaderShard.set_epoch",
-        ("intern.training.shared_batches:share_batches",),
-        "sets the epoch of the sampler of its batch sampler, and of the batch sampler in that one",
-        "silent: a run of several processes that resumes after its first epoch trains its rows in another order (a test compares)",
-        "(self, epoch)",
-        ("self.batch_sampler.sampler.set_epoch(epoch)", "self.batch_sampler.batch_sampler.sampler.set_epoch(epoch)"),
-    ),
-    Upstream(
         f"{_TRAINER}.evaluation_loop",
         (f"{_OURS}.evaluation_loop",),
         "collects the losses of all processes with gather_function, each repeated for the rows of a full batch",

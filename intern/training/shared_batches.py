@@ -44,7 +44,6 @@ def share_batches(loader: Any, processes: int) -> Any:
     if processes == 1:
         return loader
     shard = loader.batch_sampler
-    shard.sampler = shard.batch_sampler.sampler  # a resumed epoch looks for it here, to draw that epoch's order
     shard.batch_sampler = EvenBatches(shard.batch_sampler, processes)
     shard.batch_size = None  # batches of any size are passed on
     return loader
