@@ -390,5 +390,6 @@ class PlanPieces:
 
     @property
     def precision_keys(self) -> tuple[bool, bool | None, bool | None, Any]:
+        """What decides the precision: whether a CPU trains, trainer.fp16, trainer.bf16 and the dtype of quantized products."""
         compute_dtype = self.quant.compute_dtype if self.quant is not None else None
         return self.on_cpu, self.trainer.get("fp16"), self.trainer.get("bf16"), compute_dtype

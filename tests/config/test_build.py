@@ -94,7 +94,19 @@ def test_every_data_group_builds(name):
 @pytest.mark.parametrize("name", GROUPS["experiment"])
 def test_every_experiment_composes_into_a_whole_configuration(name):
     cfg = composed(f"experiment={name}", "lora.r=3", "seed=5")
-    assert set(cfg) == {"name", "notes", "resume", "seed", "model", "quant", "lora", "trainer", "data", "logger"}
+    assert set(cfg) == {
+        "name",
+        "notes",
+        "num_processes",
+        "resume",
+        "seed",
+        "model",
+        "quant",
+        "lora",
+        "trainer",
+        "data",
+        "logger",
+    }
     assert (cfg.lora.r, cfg.seed) == (3, 5)
 
 
