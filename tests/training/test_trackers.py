@@ -46,7 +46,8 @@ def test_a_run_without_a_key_is_offline_and_finished(shown, trained_run):
 def test_it_has_configuration_and_metrics(shown, trained_run):
     run = Run(trained_run)
     assert shown["config"]["lora"]["r"] == 16
-    assert set(shown["config"]) == {"seed", "name", "notes", "model", "quant", "lora", "trainer", "data", "logger"}
+    own = {"seed", "name", "notes", "num_processes"}
+    assert set(shown["config"]) == {*own, "model", "quant", "lora", "trainer", "data", "logger"}
     metrics = run.read_json(run.metrics)
     for name in ("optimizer_steps", "eval_loss", "tokens_per_second", "trainable_parameters"):
         assert shown["summary"][name] == pytest.approx(metrics[name]), name
