@@ -86,7 +86,7 @@ def check_processes(cfg: Any) -> None:
         UserError: torchrun has started another number, nothing has started several, or a key of the trainer is only for one.
     """
     wanted, here = cfg.get("num_processes"), processes.place()
-    if wanted is not None and wanted != here.size:
+    if isinstance(wanted, int) and 1 <= wanted != here.size:  # anything else is refused by intern/training/rules.py
         if not processes.is_started_by_torchrun():
             raise UserError(
                 f"num_processes={wanted}: the jobs of a sweep start them only with hydra/launcher=process, gpus or slurm"
