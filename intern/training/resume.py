@@ -86,9 +86,9 @@ def check_same(cfg: DictConfig, run: Run, data: dict[str, str]) -> None:
     for key in sorted(keys, key=lambda key: (_is_derived(cfg, key), key)):
         if theirs.get(key) not in (ours.get(key), stored.get(key)):
             raise UserError(_refusal(key, run))
-    batches, batches_before = (flat.get("num_processes", 1) * flat[_ACCUMULATION] for flat in (ours, theirs))
+    batches, batches_before = ((flat.get("num_processes") or 1) * flat[_ACCUMULATION] for flat in (ours, theirs))
     if batches != batches_before:
-        count = ours["num_processes"]
+        count = ours.get("num_processes") or 1
         remedy = (
             f"give {_ACCUMULATION}={batches_before // count}"
             if batches_before % count == 0
